@@ -1,0 +1,695 @@
+// Attend: softmax(q K^T) V of each request's chunk over its packed pages, its exact blocks and the chunk's own raw tokens.
+//
+// A task is a block of query rows (tokens x the query heads of one kv head) over a run of a request's context. It walks
+// tiles of up to 64 tokens, converts each once and uses it for all rows:
+//   packed tile   unpacked to unsigned bytes in the thread's cache; scores and outputs are integer dot products with the
+//                 query and the probabilities in 16-bit fixed point, split into a high and a low byte
+//   exact tile    sinks, residual window or the chunk itself, in fp32
+// Packed and exact outputs are accumulated apart (rotated and not) under one running maximum and sum, and joined at the end
+// by rotating the packed one back. Long contexts are cut into runs of fixed length and merged, so results do not depend on
+// the number of threads.
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "common.h"
+
+namespace pq {
+
+// Mirrors cpu_kernels._AttendArgs.
+struct AttendArgs {
+  const Format* format;
+  Rows query, key, value;          // the chunk's tokens, raw
+  void* out;                       // [tokens, num_heads, head_size] of dtype
+  int64_t out_token_stride, out_head_stride;
+  int32_t dtype;
+  int32_t num_requests, num_heads, num_kv_heads;
+  const int32_t* query_start;      // [num_requests + 1]
+  const int32_t* seq_lens;         // [num_requests], the chunk included
+  Pages cache;                     // data null: every position before the chunk is exact
+  const int32_t* block_table;      // [num_requests, block_table_stride]
+  int64_t block_table_stride;
+  Pages exact;                     // data null: none
+  const int32_t* exact_table;      // block ids, 0 = null block
+  int64_t exact_table_stride;
+  int32_t residual_tokens, sink_tokens;
+  const float* key_centre;         // [num_kv_heads, head_size] or null
+  float scale;                     // of the scores
+};
+
+namespace {
+
+constexpr int kRows = 64;            // query rows of a task, at most
+constexpr int kRunTiles = 32;        // sub-pages of a run: 2,048 tokens
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kMasked = -1e30f;
+constexpr float kFixed = 32512.0f;   // 127 * 256: the high byte of a fixed-point number stays in int8
+
+// 2^x for x <= 0 (2e-7 relative; the polynomial is the Taylor series of 2^f on [-1/2, 1/2]); -126 and below give 2^-126.
+inline float exp2_nonpositive(float x) {
+  x = x < -126.0f ? -126.0f : x;
+  const float whole = std::nearbyintf(x), f = x - whole;
+  float p = 1.5403530e-4f;
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return p * power;
+}
+
+inline IntVec dot_bytes(IntVec sum, const uint8_t* unsigned_bytes, int32_t four_signed) {
+#ifdef PQ_AVX512
+  return reinterpret_cast<IntVec>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), _mm512_load_si512(unsigned_bytes),
+                                                      _mm512_set1_epi32(four_signed)));
+#else
+  int8_t s[4];
+  std::memcpy(s, &four_signed, 4);
+  for (int lane = 0; lane < kLanes; ++lane)
+    sum[lane] += unsigned_bytes[4 * lane] * s[0] + unsigned_bytes[4 * lane + 1] * s[1] +
+                 unsigned_bytes[4 * lane + 2] * s[2] + unsigned_bytes[4 * lane + 3] * s[3];
+  return sum;
+#endif
+}
+
+#ifdef PQ_AVX512
+// 16 x 16 transpose of 32-bit words, in registers.
+inline void transpose16(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      r[i + 2 * k] = _mm512_unpacklo_epi64(t[i + k], t[i + k + 2]);
+      r[i + 2 * k + 1] = _mm512_unpackhi_epi64(t[i + k], t[i + k + 2]);
+    }
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 2; ++k) {
+      t[8 * k + i] = _mm512_shuffle_i32x4(r[8 * k + i], r[8 * k + 4 + i], 0x88);
+      t[8 * k + 4 + i] = _mm512_shuffle_i32x4(r[8 * k + i], r[8 * k + 4 + i], 0xdd);
+    }
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+  }
+}
+#endif
+
+// What a thread works in. Aligned rows; sizes for the largest head.
+struct Scratch {
+  alignas(64) uint8_t keys[kTokens * kMaxHeadSize];     // [head_size / 4][64 positions][4 channels]
+  alignas(64) uint8_t values[kTokens * kMaxHeadSize];   // [16][head_size][4 positions]
+  alignas(64) uint8_t bytes[kTokens * kMaxHeadSize];
+  alignas(64) float exact_keys[kMaxHeadSize * kTokens];  // [head_size][64 tokens]
+  alignas(64) float exact_values[kTokens * kMaxHeadSize];
+  alignas(64) float query[kRows * kMaxHeadSize];         // raw, times scale * log2(e)
+  alignas(64) int8_t query_high[kRows * kMaxHeadSize], query_low[kRows * kMaxHeadSize];  // rotated, fixed point
+  float query_unit[kRows];                               // value of one unit of the fixed point
+  int32_t query_sum[kRows];
+  alignas(64) float scores[kRows * kTokens];
+  alignas(64) int8_t weight_high[kRows * kTokens], weight_low[kRows * kTokens];
+  float weight_unit[kRows], rescale[kRows];
+  int32_t weight_sum[kRows];
+  float maximum[kRows], sum[kRows];
+  alignas(64) float packed_out[kRows * kMaxHeadSize];    // rotated
+  alignas(64) float exact_out[kRows * kMaxHeadSize];
+  alignas(64) float row[kMaxHeadSize], row_scratch[kMaxHeadSize];
+  uint8_t key_lut[256], value_lut[256];                  // stored code -> level + 128
+};
+
+struct Task {
+  int32_t request, head;
+  int32_t first_query, num_queries;   // within the chunk
+  int32_t first_tile, last_tile;      // of the packed context
+  bool exact;                         // also the sinks, the residual window and the chunk
+  int64_t partial;                    // index of its partial result, or -1: writes the output
+};
+
+struct Context {
+  const AttendArgs& a;
+  int d, group;
+  int64_t dtype_bytes;
+};
+
+// ---- packed tiles ----------------------------------------------------------------------------------------------------
+
+// Codes of the generic layout, one token or position at a time: idx of channel i from bytes `stride` apart.
+inline int code_at(const uint8_t* low, const uint8_t* high, int bits, int d, int i, int64_t stride) {
+  if (bits == 8) return low[i * stride] ^ 0x80;
+  if (bits == 4) return low[i % (d / 2) * stride] >> (i / (d / 2) * 4) & 15;
+  int code = low[i % (d / 4) * stride] >> (i / (d / 4) * 2) & 3;
+  if (bits == 3) code |= (high[i % (d / 8) * stride] >> (i / (d / 8)) & 1) << 2;
+  return code;
+}
+
+[[maybe_unused]] void unpack_keys_plain(const Format& f, const uint8_t* page, Scratch& s) {
+  const int d = f.head_size;
+  for (int position = 0; position < kTokens; ++position) {
+    const int token = token_at(position);
+    const uint8_t* low = page + f.key_plane[0] + token * (d * (f.key_bits == 3 ? 2 : f.key_bits) / 8);
+    const uint8_t* high = page + f.key_plane[1] + token * (d / 8);
+    for (int i = 0; i < d; ++i) {
+      int code;
+      if (f.key_bits == 4) {
+        const int word = i % (d / 2) / 4, channel = i % 4, z = i / (d / 2);
+        const uint8_t* w = low + 4 * word;
+        const int magnitude = w[2 * z + channel / 2] >> (channel % 2 * 4) & 7;
+        code = w[channel] >> (z ? 3 : 7) & 1 ? 7 - magnitude : 8 + magnitude;
+      } else {
+        code = code_at(low, high, f.key_bits, d, i, 1);
+      }
+      s.keys[(i / 4 * kTokens + position) * 4 + i % 4] = s.key_lut[code];
+    }
+  }
+}
+
+[[maybe_unused]] void unpack_values_plain(const Format& f, const uint8_t* page, Scratch& s) {
+  const int d = f.head_size;
+  const uint8_t *low = page + f.value_plane[0], *high = page + f.value_plane[1];
+  const int flip = f.value_bits == 2 ? 2 : 0;
+  for (int i = 0; i < d; ++i)
+    for (int position = 0; position < kTokens; ++position) {
+      int code = code_at(low + position, high + position, f.value_bits, d, i, kTokens);
+      if (i >= d - d / 4) code ^= flip;
+      s.values[(position / 4 * d + i) * 4 + position % 4] = s.value_lut[code];
+    }
+}
+
+#ifdef PQ_AVX512
+inline __m512i lookup(__m512i codes, __m512i lut) { return _mm512_shuffle_epi8(lut, codes); }
+
+void unpack_keys(const Format& f, const uint8_t* page, Scratch& s) {
+  const int d = f.head_size, bits = f.key_bits;
+  if (bits == 3 && d % 32) return unpack_keys_plain(f, page, s);
+  const int low_bytes = bits == 3 ? d / 4 : d * bits / 8, words = low_bytes / 4, high_words = d / 32;
+  const __m512i lut = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s.key_lut)));
+  const __m512i three = _mm512_set1_epi8(3), seven = _mm512_set1_epi8(7), ones = _mm512_set1_epi8(1);
+  for (int block = 0; block < 4; ++block) {
+    __m512i high[16];
+    if (bits == 3) {
+      const __mmask16 tail = static_cast<__mmask16>((1 << high_words) - 1);
+      for (int i = 0; i < 16; ++i)
+        high[i] = _mm512_maskz_loadu_epi32(tail, page + f.key_plane[1] + token_at(16 * block + i) * (d / 8));
+      transpose16(high);
+    }
+    for (int first = 0; first < words; first += 16) {
+      const int count = std::min(16, words - first);
+      const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+      __m512i w[16];
+      for (int i = 0; i < 16; ++i)
+        w[i] = _mm512_maskz_loadu_epi32(mask, page + f.key_plane[0] + token_at(16 * block + i) * low_bytes + 4 * first);
+      transpose16(w);
+      for (int k = 0; k < count; ++k) {
+        const int word = first + k;
+        auto put = [&](int group, __m512i codes) {
+          _mm512_store_si512(s.keys + (group * kTokens + 16 * block) * 4, codes);
+        };
+        if (bits == 4) {
+          // magnitudes of the word's low half are A's, of its high half Z's: spread the nibbles of each half over 4 bytes
+          const __m512i low = _mm512_and_si512(w[k], seven);
+          const __m512i upper = _mm512_and_si512(_mm512_srli_epi32(w[k], 4), seven);
+          const __m512i pick_a = _mm512_broadcast_i32x4(_mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1));
+          const __m512i pick_z = _mm512_broadcast_i32x4(_mm_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1));
+          auto spread = [&](__m512i pick) {
+            return _mm512_or_si512(_mm512_shuffle_epi8(low, pick),
+                                   _mm512_slli_epi16(_mm512_shuffle_epi8(upper, pick), 8));
+          };
+          // code = sign ? 7 - magnitude : 8 + magnitude = (magnitude | 8) ^ (sign ? 15 : 0)
+          const __m512i eight = _mm512_set1_epi8(8), all = _mm512_set1_epi8(15);
+          auto code = [&](__m512i magnitude, __m512i sign_at_top) {
+            const __m512i c = _mm512_or_si512(magnitude, eight);
+            return _mm512_xor_si512(c, _mm512_maskz_mov_epi8(_mm512_movepi8_mask(sign_at_top), all));
+          };
+          put(word, lookup(code(spread(pick_a), w[k]), lut));
+          put(d / 8 + word, lookup(code(spread(pick_z), _mm512_slli_epi32(w[k], 4)), lut));
+        } else if (bits == 8) {
+          put(word, _mm512_xor_si512(w[k], _mm512_set1_epi8(-128)));
+        } else {
+          for (int field = 0; field < 4; ++field) {
+            __m512i c = _mm512_and_si512(_mm512_srli_epi32(w[k], 2 * field), three);
+            if (bits == 3) {
+              const int upper = word >= d / 32;
+              const __m512i h = _mm512_srli_epi32(high[word - upper * (d / 32)], 2 * field + upper);
+              c = _mm512_or_si512(c, _mm512_slli_epi32(_mm512_and_si512(h, ones), 2));
+            }
+            put(field * (d / 16) + word, lookup(c, lut));
+          }
+        }
+      }
+    }
+  }
+}
+
+void unpack_values(const Format& f, const uint8_t* page, Scratch& s) {
+  const int d = f.head_size, bits = f.value_bits;
+  const uint8_t *low = page + f.value_plane[0], *high = page + f.value_plane[1];
+  const __m512i lut = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s.value_lut)));
+  const __m512i three = _mm512_set1_epi8(3);
+  auto columns = [&](const uint8_t* source, int count, __m512i* w) {
+    for (int i = 0; i < 16; ++i)
+      w[i] = i < count ? _mm512_loadu_si512(source + i * kTokens) : _mm512_setzero_si512();
+    transpose16(w);
+  };
+  auto put = [&](int word, int channel, int count, __m512i codes) {
+    _mm512_mask_storeu_epi32(s.values + (word * d + channel) * 4, static_cast<__mmask16>((1u << count) - 1), codes);
+  };
+  __m512i w[16];
+  if (bits == 8) {
+    for (int first = 0; first < d; first += 16) {
+      columns(low + first * kTokens, 16, w);
+      for (int i = 0; i < 16; ++i) put(i, first, 16, _mm512_xor_si512(w[i], _mm512_set1_epi8(-128)));
+    }
+  } else if (bits == 4) {
+    for (int first = 0; first < d / 2; first += 16) {
+      const int count = std::min(16, d / 2 - first);
+      columns(low + first * kTokens, count, w);
+      const __m512i fifteen = _mm512_set1_epi8(15);
+      for (int i = 0; i < 16; ++i) {
+        put(i, first, count, lookup(_mm512_and_si512(w[i], fifteen), lut));
+        put(i, d / 2 + first, count, lookup(_mm512_and_si512(_mm512_srli_epi32(w[i], 4), fifteen), lut));
+      }
+    }
+  } else if (bits == 2) {
+    for (int first = 0; first < d / 4; first += 16) {
+      const int count = std::min(16, d / 4 - first);
+      columns(low + first * kTokens, count, w);
+      for (int i = 0; i < 16; ++i) {
+        const __m512i plain = _mm512_xor_si512(w[i], _mm512_set1_epi8(-128));
+        for (int field = 0; field < 4; ++field)
+          put(i, field * (d / 4) + first, count, lookup(_mm512_and_si512(_mm512_srli_epi32(plain, 2 * field), three), lut));
+      }
+    }
+  } else {
+    for (int channel = 0; channel < d; ++channel) {
+      const __m512i l = _mm512_loadu_si512(low + channel % (d / 4) * kTokens);
+      const __m512i h = _mm512_loadu_si512(high + channel % (d / 8) * kTokens);
+      const __m512i c = _mm512_and_si512(_mm512_srli_epi16(l, channel / (d / 4) * 2), three);
+      const __m512i b = _mm512_and_si512(_mm512_srli_epi16(h, channel / (d / 8)), _mm512_set1_epi8(1));
+      _mm512_store_si512(s.bytes + channel * kTokens, lookup(_mm512_or_si512(c, _mm512_slli_epi16(b, 2)), lut));
+    }
+    for (int first = 0; first < d; first += 16) {
+      columns(s.bytes + first * kTokens, 16, w);
+      for (int i = 0; i < 16; ++i) put(i, first, 16, w[i]);
+    }
+  }
+}
+#else
+void unpack_keys(const Format& f, const uint8_t* page, Scratch& s) { unpack_keys_plain(f, page, s); }
+void unpack_values(const Format& f, const uint8_t* page, Scratch& s) { unpack_values_plain(f, page, s); }
+#endif
+
+inline int32_t four(const int8_t* bytes) {
+  int32_t word;
+  std::memcpy(&word, bytes, 4);
+  return word;
+}
+
+// Scores of N rows against a packed tile: integer sums of fixed-point query times (level + 1/2), as floats.
+template <int N>
+void packed_scores(const Context& c, Scratch& s, int row, const float* key_scale) {
+  const int d = c.d;
+  for (int block = 0; block < 4; block += 2) {
+    IntVec high[N][2] = {}, low[N][2] = {};
+    for (int group = 0; group < d / 4; ++group) {
+      const uint8_t* keys = s.keys + (group * kTokens + 16 * block) * 4;
+      for (int r = 0; r < N; ++r) {
+        const int32_t h = four(s.query_high + (row + r) * d + 4 * group), l = four(s.query_low + (row + r) * d + 4 * group);
+        for (int k = 0; k < 2; ++k) {
+          high[r][k] = dot_bytes(high[r][k], keys + 64 * k, h);
+          low[r][k] = dot_bytes(low[r][k], keys + 64 * k, l);
+        }
+      }
+    }
+    for (int r = 0; r < N; ++r) {
+      const int32_t total = s.query_sum[row + r];
+      const float unit = s.query_unit[row + r];
+      for (int k = 0; k < 2; ++k) {
+        // unsigned bytes hold level + 128; 1/2 is added in floating point
+        const IntVec exact = high[r][k] * 256 + low[r][k] - 128 * total;
+        float* out = s.scores + (row + r) * kTokens + 16 * (block + k);
+        for (int lane = 0; lane < kLanes; ++lane)
+          out[lane] = (static_cast<float>(exact[lane]) + 0.5f * static_cast<float>(total)) * unit *
+                      key_scale[16 * (block + k) + lane];
+      }
+    }
+  }
+}
+
+// Adds N rows of fixed-point weights times a packed tile's values to the rotated outputs.
+template <int N>
+void packed_outputs(const Context& c, Scratch& s, int row) {
+  const int d = c.d;
+  for (int channel = 0; channel < d; channel += kLanes) {
+    IntVec high[N] = {}, low[N] = {};
+    for (int word = 0; word < kTokens / 4; ++word) {
+      const uint8_t* values = s.values + (word * d + channel) * 4;
+      for (int r = 0; r < N; ++r) {
+        high[r] = dot_bytes(high[r], values, four(s.weight_high + (row + r) * kTokens + 4 * word));
+        low[r] = dot_bytes(low[r], values, four(s.weight_low + (row + r) * kTokens + 4 * word));
+      }
+    }
+    for (int r = 0; r < N; ++r) {
+      const int32_t total = s.weight_sum[row + r];
+      const float unit = s.weight_unit[row + r], rescale = s.rescale[row + r];
+      const IntVec exact = high[r] * 256 + low[r] - 128 * total;
+      float* out = s.packed_out + (row + r) * d + channel;
+      for (int lane = 0; lane < kLanes; ++lane)
+        out[lane] = out[lane] * rescale + (static_cast<float>(exact[lane]) + 0.5f * static_cast<float>(total)) * unit;
+    }
+  }
+}
+
+template <typename Body3, typename Body2, typename Body1>
+void for_rows(int rows, Body3 three, Body2 two, Body1 one) {
+  int row = 0;
+  for (; row + 3 <= rows; row += 3) three(row);
+  if (rows - row == 2) two(row);
+  if (rows - row == 1) one(row);
+}
+
+// valid: 1 where the position holds a token to be read packed, else 0.
+void packed_tile(const Context& c, Scratch& s, int rows, const uint8_t* page, const float* valid) {
+  const Format& f = *c.a.format;
+  alignas(64) float key_scale[kTokens], value_scale[kTokens];
+  load_floats(page + f.key_scale, kFloat16, kTokens, key_scale);
+  load_floats(page + f.value_scale, kFloat16, kTokens, value_scale);
+  // bytes of slots never written may hold anything, NaN among them
+  for (int i = 0; i < kTokens; ++i) {
+    key_scale[i] = valid[i] > 0 ? key_scale[i] : 0.0f;
+    value_scale[i] = valid[i] > 0 ? value_scale[i] : 0.0f;
+  }
+  unpack_keys(f, page, s);
+  for_rows(rows, [&](int row) { packed_scores<3>(c, s, row, key_scale); },
+           [&](int row) { packed_scores<2>(c, s, row, key_scale); },
+           [&](int row) { packed_scores<1>(c, s, row, key_scale); });
+  for (int row = 0; row < rows; ++row) {
+    float* x = s.scores + row * kTokens;
+    float top = s.maximum[row];
+    for (int i = 0; i < kTokens; ++i) {
+      x[i] = valid[i] > 0 ? x[i] : kMasked;
+      top = std::max(top, x[i]);
+    }
+    const float rescale = exp2_nonpositive(s.maximum[row] - top);
+    float sum = 0.0f, largest = 0.0f;
+    for (int i = 0; i < kTokens; ++i) {
+      const float p = exp2_nonpositive(x[i] - top) * valid[i];
+      sum += p;
+      x[i] = p * value_scale[i];
+      largest = std::max(largest, x[i]);
+    }
+    const float inverse = largest > 0 ? kFixed / largest : 0.0f;
+    int32_t total = 0;
+    int8_t *high = s.weight_high + row * kTokens, *low = s.weight_low + row * kTokens;
+    for (int i = 0; i < kTokens; ++i) {
+      const int32_t n = static_cast<int32_t>(x[i] * inverse + 0.5f);
+      const int32_t l = static_cast<int8_t>(n & 255);
+      total += n;
+      low[i] = static_cast<int8_t>(l);
+      high[i] = static_cast<int8_t>((n - l) >> 8);
+    }
+    if (rescale != 1.0f)
+      for (int i = 0; i < c.d; ++i) s.exact_out[row * c.d + i] *= rescale;
+    s.weight_sum[row] = total;
+    s.weight_unit[row] = largest * f.value_step / kFixed;
+    s.rescale[row] = rescale;
+    s.maximum[row] = top;
+    s.sum[row] = s.sum[row] * rescale + sum;
+  }
+  unpack_values(f, page, s);
+  for_rows(rows, [&](int row) { packed_outputs<3>(c, s, row); }, [&](int row) { packed_outputs<2>(c, s, row); },
+           [&](int row) { packed_outputs<1>(c, s, row); });
+}
+
+// ---- exact tiles -----------------------------------------------------------------------------------------------------
+
+// Up to 64 raw tokens, collected one by one, attended together.
+struct ExactTile {
+  int count = 0;
+
+  void add(const Context& c, Scratch& s, int head, const void* key, const void* value) {
+    const int d = c.d;
+    load_floats(key, c.a.dtype, d, s.row);
+    if (c.a.key_centre)
+      for (int i = 0; i < d; ++i) s.row[i] -= c.a.key_centre[head * d + i];
+    for (int i = 0; i < d; ++i) s.exact_keys[i * kTokens + count] = s.row[i];
+    load_floats(value, c.a.dtype, d, s.exact_values + count * d);
+    ++count;
+  }
+};
+
+template <int N>
+void exact_scores(const Context& c, Scratch& s, int row) {
+  const int d = c.d;
+  Vec sums[N][4] = {};
+  for (int i = 0; i < d; ++i) {
+    const Vec* keys = reinterpret_cast<const Vec*>(s.exact_keys + i * kTokens);
+    for (int r = 0; r < N; ++r) {
+      const Vec q = Vec{} + s.query[(row + r) * d + i];
+      for (int k = 0; k < 4; ++k) sums[r][k] += q * keys[k];
+    }
+  }
+  for (int r = 0; r < N; ++r) std::memcpy(s.scores + (row + r) * kTokens, sums[r], sizeof(sums[r]));
+}
+
+template <int N>
+void exact_outputs(const Context& c, Scratch& s, int row, int count) {
+  const int d = c.d;
+  for (int channel = 0; channel < d; channel += kLanes) {
+    Vec sums[N];
+    for (int r = 0; r < N; ++r) sums[r] = *reinterpret_cast<const Vec*>(s.exact_out + (row + r) * d + channel);
+    for (int t = 0; t < count; ++t) {
+      const Vec v = *reinterpret_cast<const Vec*>(s.exact_values + t * d + channel);
+      for (int r = 0; r < N; ++r) sums[r] += (Vec{} + s.scores[(row + r) * kTokens + t]) * v;
+    }
+    for (int r = 0; r < N; ++r) std::memcpy(s.exact_out + (row + r) * d + channel, &sums[r], sizeof(Vec));
+  }
+}
+
+// visible_from[query] .. : row of query token i sees the tile's first min(count, first_visible + i) tokens.
+void exact_tile(const Context& c, Scratch& s, int rows, int count, int first_visible) {
+  for_rows(rows, [&](int row) { exact_scores<3>(c, s, row); }, [&](int row) { exact_scores<2>(c, s, row); },
+           [&](int row) { exact_scores<1>(c, s, row); });
+  for (int row = 0; row < rows; ++row) {
+    const int seen = std::max(0, std::min(count, first_visible + row / c.group));
+    float* x = s.scores + row * kTokens;
+    float top = s.maximum[row];
+    for (int i = 0; i < seen; ++i) top = std::max(top, x[i]);
+    const float rescale = exp2_nonpositive(s.maximum[row] - top);
+    float sum = 0.0f;
+    for (int i = 0; i < kTokens; ++i) {
+      x[i] = i < seen ? exp2_nonpositive(x[i] - top) : 0.0f;
+      sum += x[i];
+    }
+    if (rescale != 1.0f)
+      for (int i = 0; i < c.d; ++i) {
+        s.exact_out[row * c.d + i] *= rescale;
+        s.packed_out[row * c.d + i] *= rescale;
+      }
+    s.maximum[row] = top;
+    s.sum[row] = s.sum[row] * rescale + sum;
+  }
+  for_rows(rows, [&](int row) { exact_outputs<3>(c, s, row, count); }, [&](int row) { exact_outputs<2>(c, s, row, count); },
+           [&](int row) { exact_outputs<1>(c, s, row, count); });
+}
+
+// ---- tasks -----------------------------------------------------------------------------------------------------------
+
+const char* raw_row(const Context& c, const Rows& rows, int64_t token, int64_t head) {
+  return static_cast<const char*>(rows.data) + (token * rows.token_stride + head * rows.head_stride) * c.dtype_bytes;
+}
+
+void load_queries(const Context& c, Scratch& s, const Task& task) {
+  const Format& f = *c.a.format;
+  const int d = c.d;
+  const float unit = c.a.scale * kLog2E, orthonormal = 1.0f / std::sqrt(static_cast<float>(d));
+  for (int row = 0; row < task.num_queries * c.group; ++row) {
+    const int64_t token = c.a.query_start[task.request] + task.first_query + row / c.group;
+    float* q = s.query + row * d;
+    load_floats(raw_row(c, c.a.query, token, task.head * c.group + row % c.group), c.a.dtype, d, q);
+    for (int i = 0; i < d; ++i) {
+      s.row[i] = q[i] * f.signs[i];
+      q[i] *= unit;
+    }
+    hadamard(s.row, s.row_scratch, d, f.outer_order, f.outer, false);
+    float largest = 1e-30f;
+    for (int i = 0; i < d; ++i) largest = std::max(largest, std::fabs(s.row[i]));
+    const float inverse = kFixed / largest;
+    int32_t total = 0;
+    for (int i = 0; i < d; ++i) {
+      const int32_t n = static_cast<int32_t>(std::nearbyintf(s.row[i] * inverse));
+      const int32_t low = static_cast<int8_t>(n & 255);
+      total += n;
+      s.query_low[row * d + i] = static_cast<int8_t>(low);
+      s.query_high[row * d + i] = static_cast<int8_t>((n - low) >> 8);
+    }
+    s.query_sum[row] = total;
+    s.query_unit[row] = largest / kFixed * orthonormal * unit * f.key_step;
+    s.maximum[row] = kMasked;
+    s.sum[row] = 0.0f;
+    std::memset(s.packed_out + row * d, 0, static_cast<size_t>(d) * 4);
+    std::memset(s.exact_out + row * d, 0, static_cast<size_t>(d) * 4);
+  }
+}
+
+struct Request {
+  int64_t context;        // tokens before the chunk
+  const int32_t* exact_table;
+
+  bool is_exact(const AttendArgs& a, int64_t token) const {
+    if (!exact_table) return false;
+    if (token >= a.sink_tokens && !(a.residual_tokens > 0 && token > context - a.residual_tokens)) return false;
+    return exact_table[token / a.exact.block_size] > 0;
+  }
+};
+
+void run(const Context& c, Scratch& s, const Task& task, float* partials) {
+  const AttendArgs& a = c.a;
+  const Format& f = *a.format;
+  const int d = c.d, rows = task.num_queries * c.group;
+  const int64_t start = a.query_start[task.request];
+  const Request request{a.seq_lens[task.request] - (a.query_start[task.request + 1] - start),
+                        a.exact.data ? a.exact_table + task.request * a.exact_table_stride : nullptr};
+  load_queries(c, s, task);
+
+  if (task.exact) {
+    ExactTile tile;
+    auto flush = [&](int first_visible) {
+      if (tile.count) exact_tile(c, s, rows, tile.count, first_visible);
+      tile.count = 0;
+    };
+    auto add_exact = [&](int64_t token) {
+      if (!request.is_exact(a, token)) return;
+      const int64_t rows_of_block = a.exact.block_size;
+      const uint8_t* at = a.exact.data + request.exact_table[token / rows_of_block] * a.exact.block_stride +
+                          task.head * a.exact.head_stride + token % rows_of_block * a.exact.token_stride;
+      tile.add(c, s, task.head, at, at + d * c.dtype_bytes);
+      if (tile.count == kTokens) flush(kTokens);
+    };
+    if (request.exact_table) {
+      const int64_t sinks = std::min<int64_t>(a.sink_tokens, request.context);
+      const int64_t window = a.residual_tokens > 0 ? std::max(sinks, request.context - a.residual_tokens + 1) : request.context;
+      for (int64_t token = 0; token < sinks; ++token) add_exact(token);
+      for (int64_t token = window; token < request.context; ++token) add_exact(token);
+    }
+    flush(kTokens);
+    const int last = task.first_query + task.num_queries;
+    for (int first = 0; first < last; first += kTokens) {
+      const int end = std::min(last, first + kTokens);
+      for (int i = first; i < end; ++i)
+        tile.add(c, s, task.head, raw_row(c, a.key, start + i, task.head), raw_row(c, a.value, start + i, task.head));
+      flush(task.first_query - first + 1);
+    }
+  }
+
+  alignas(64) float valid[kTokens];
+  for (int64_t t = task.first_tile; t < task.last_tile; ++t) {
+    bool any = false;
+    for (int position = 0; position < kTokens; ++position) {
+      const int64_t token = t * kTokens + token_at(position);
+      const bool packed = token < request.context && !request.is_exact(a, token);
+      valid[position] = packed ? 1.0f : 0.0f;
+      any |= packed;
+    }
+    if (!any) continue;
+    const int64_t tiles_of_block = a.cache.block_size / kTokens;
+    const int64_t block = a.block_table[task.request * a.block_table_stride + t / tiles_of_block];
+    packed_tile(c, s, rows,
+                a.cache.data + block * a.cache.block_stride + task.head * a.cache.head_stride + t % tiles_of_block * f.sub_page_bytes,
+                valid);
+  }
+
+  const float orthonormal = 1.0f / std::sqrt(static_cast<float>(d));
+  for (int row = 0; row < rows; ++row) {
+    std::memcpy(s.row, s.packed_out + row * d, static_cast<size_t>(d) * 4);
+    hadamard(s.row, s.row_scratch, d, f.outer_order, f.outer, true);
+    float* exact = s.exact_out + row * d;
+    for (int i = 0; i < d; ++i) s.row[i] = s.row[i] * f.signs[i] * orthonormal + exact[i];
+    if (task.partial >= 0) {
+      float* out = partials + (task.partial * kRows + row) * (d + 2);
+      std::memcpy(out, s.row, static_cast<size_t>(d) * 4);
+      out[d] = s.maximum[row];
+      out[d + 1] = s.sum[row];
+    } else {
+      const float inverse = 1.0f / s.sum[row];
+      for (int i = 0; i < d; ++i) s.row[i] *= inverse;
+      const int64_t token = start + task.first_query + row / c.group, head = task.head * c.group + row % c.group;
+      store_floats(s.row, a.dtype, d,
+                   static_cast<char*>(a.out) + (token * a.out_token_stride + head * a.out_head_stride) * c.dtype_bytes);
+    }
+  }
+}
+
+// Joins the partial results of tasks[first, last), which differ in their run only.
+void merge(const Context& c, Scratch& s, const Task* tasks, int64_t first, int64_t last, const float* partials) {
+  const AttendArgs& a = c.a;
+  const Task& task = tasks[first];
+  const int d = c.d;
+  for (int row = 0; row < task.num_queries * c.group; ++row) {
+    auto partial = [&](int64_t i) { return partials + (tasks[i].partial * kRows + row) * (d + 2); };
+    float top = kMasked, sum = 0.0f;
+    for (int64_t i = first; i < last; ++i) top = std::max(top, partial(i)[d]);
+    std::fill(s.row, s.row + d, 0.0f);
+    for (int64_t i = first; i < last; ++i) {
+      const float weight = exp2_nonpositive(partial(i)[d] - top);
+      sum += weight * partial(i)[d + 1];
+      for (int k = 0; k < d; ++k) s.row[k] += weight * partial(i)[k];
+    }
+    for (int k = 0; k < d; ++k) s.row[k] /= sum;
+    const int64_t token = a.query_start[task.request] + task.first_query + row / c.group;
+    const int64_t head = task.head * c.group + row % c.group;
+    store_floats(s.row, a.dtype, d,
+                 static_cast<char*>(a.out) + (token * a.out_token_stride + head * a.out_head_stride) * c.dtype_bytes);
+  }
+}
+
+void fill_lut(int bits, const int8_t* levels, uint8_t* lut) {
+  for (int i = 0; i < 1 << bits; ++i) lut[i] = static_cast<uint8_t>(levels[i] + 128);
+}
+
+}  // namespace
+}  // namespace pq
+
+extern "C" void pq_attend(const pq::AttendArgs* args) {
+  using namespace pq;
+  const AttendArgs& a = *args;
+  const Context c{a, a.format->head_size, a.num_heads / a.num_kv_heads, element_bytes(a.dtype)};
+  const int block_queries = std::max(1, kRows / c.group);
+  std::vector<Task> tasks;
+  std::vector<std::pair<int64_t, int64_t>> merges;
+  int64_t num_partials = 0;
+  for (int32_t r = 0; r < a.num_requests; ++r) {
+    const int32_t queries = a.query_start[r + 1] - a.query_start[r];
+    const int64_t context = a.seq_lens[r] - queries;
+    const int32_t tiles = a.cache.data ? static_cast<int32_t>((context + kTokens - 1) / kTokens) : 0;
+    const int32_t runs = queries <= block_queries ? std::max(1, (tiles + kRunTiles - 1) / kRunTiles) : 1;
+    for (int32_t head = 0; head < a.num_kv_heads; ++head)
+      for (int32_t q = 0; q < queries; q += block_queries) {
+        const int64_t first = static_cast<int64_t>(tasks.size());
+        for (int32_t i = 0; i < runs; ++i)
+          tasks.push_back({r, head, q, std::min(block_queries, queries - q),
+                           static_cast<int32_t>(static_cast<int64_t>(tiles) * i / runs),
+                           static_cast<int32_t>(static_cast<int64_t>(tiles) * (i + 1) / runs), i == runs - 1,
+                           runs > 1 ? num_partials++ : -1});
+        if (runs > 1) merges.emplace_back(first, first + runs);
+      }
+  }
+  const std::unique_ptr<float[]> partials(new float[static_cast<size_t>(num_partials * kRows * (c.d + 2))]);
+#pragma omp parallel
+  {
+    thread_local std::unique_ptr<Scratch> scratch;
+    if (!scratch) scratch.reset(new Scratch);
+    fill_lut(a.format->key_bits, a.format->key_levels, scratch->key_lut);
+    fill_lut(a.format->value_bits, a.format->value_levels, scratch->value_lut);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < static_cast<int64_t>(tasks.size()); ++i) run(c, *scratch, tasks[static_cast<size_t>(i)], partials.get());
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < static_cast<int64_t>(merges.size()); ++i)
+      merge(c, *scratch, tasks.data(), merges[static_cast<size_t>(i)].first, merges[static_cast<size_t>(i)].second, partials.get());
+  }
+}

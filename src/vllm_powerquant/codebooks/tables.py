@@ -1,0 +1,83 @@
+"""The codebooks that ship with the package, one per (head_size, bits, kind), from the file `build` writes.
+
+All coordinates are in units where a vector's norm is sqrt(head_size), so that each coordinate has variance 1.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_powerquant.errors import PowerQuantConfigError, PowerQuantUnsupportedError
+
+DATA_FILE = Path(__file__).parent / "data" / "codebooks.json"
+BUILD_COMMAND = "python -m vllm_powerquant.codebooks.build"
+
+KINDS = ("lloyd_max", "uniform")
+BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Centroids (levels + 1/2) * step of one coordinate; idx i stands for centroid i.
+
+    Centroids and boundaries are exact in float32: step has 16 significant bits. They are symmetric about 0.
+    """
+
+    head_size: int
+    bits: int
+    kind: str  # "lloyd_max" or "uniform"
+    levels: tuple[int, ...]  # [2**bits], ascending, each fits int8
+    step: float  # a float32 value
+    mse: float  # relative, of a coordinate of a random unit vector
+
+    @property
+    def centroids(self) -> np.ndarray:
+        """[2**bits] float32, ascending."""
+        return ((np.array(self.levels) + 0.5) * self.step).astype(np.float32)
+
+    @property
+    def boundaries(self) -> np.ndarray:
+        """[2**bits - 1] float32, the midpoints between neighbouring centroids."""
+        levels = np.array(self.levels)
+        return ((levels[1:] + levels[:-1] + 1) * 0.5 * self.step).astype(np.float32)
+
+
+def load_codebook(head_size: int, bits: int, kind: str = "lloyd_max") -> Codebook:
+    """The shipped codebook; at 8 bits every kind is the uniform one.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        kind: "lloyd_max" (8-bit integer levels of least MSE) or "uniform" (2**(bits-1) even levels a side).
+    Raises:
+        PowerQuantConfigError: bits or kind does not exist.
+        PowerQuantUnsupportedError: no codebook was built for this head size.
+    """
+    if kind not in KINDS:
+        raise PowerQuantConfigError(f"kind must be {' or '.join(map(repr, KINDS))}, got {kind!r}")
+    if bits not in BITS:
+        raise PowerQuantConfigError(f"bits must be 2, 3, 4 or 8, got {bits!r}")
+    tables = _read_tables()
+    if head_size not in tables:
+        known = ", ".join(map(str, tables))
+        raise PowerQuantUnsupportedError(
+            f"no codebook for head_size {head_size}, only for {known}; build it with: {BUILD_COMMAND} --add {head_size}"
+        )
+    # at 8 bits an even grid errs by 8e-5 of the energy, twice the optimum and still negligible
+    kind = "uniform" if bits == 8 else kind
+    entry = tables[head_size][kind][str(bits)]
+    return Codebook(head_size, bits, kind, tuple(entry["levels"]), entry["step"], entry["mse"])
+
+
+def supported_head_sizes() -> tuple[int, ...]:
+    """Head sizes load_codebook knows, ascending."""
+    return tuple(_read_tables())
+
+
+@functools.cache
+def _read_tables() -> dict[int, Any]:
+    tables = json.loads(DATA_FILE.read_text(encoding="ascii"))["head_sizes"]
+    return {int(head_size): kinds for head_size, kinds in tables.items()}
