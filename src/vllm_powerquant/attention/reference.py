@@ -51,7 +51,8 @@ def quantize(x: torch.Tensor, codebook: Codebook, scale_factor: float) -> tuple[
     head_size = x.shape[-1]
     h = hadamard_transform(x.float())
     energy = tree_sum(h * h)
-    rms = torch.sqrt(energy / head_size)
+    # through float64: torch.sqrt of float32 is not always correctly rounded
+    rms = torch.sqrt((energy / head_size).double()).float()
     inverse = torch.where(energy > 0, 1.0 / (rms * np.float32(codebook.step)), torch.zeros_like(rms))
     levels = torch.tensor(codebook.levels, dtype=torch.float32, device=x.device)
     boundaries = (levels[1:] + levels[:-1] + 1.0) * 0.5

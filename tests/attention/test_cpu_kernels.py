@@ -1,0 +1,275 @@
+"""CPU kernels: stored bytes equal to the reference's, attention equal to it on the same bytes."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import ARITHMETIC_LIMIT, Batch, relative_rms
+
+from vllm_powerquant.attention import reference
+from vllm_powerquant.attention.cache_format import CacheFormat
+from vllm_powerquant.attention.kernels import cpu_build
+from vllm_powerquant.attention.kernels.cpu_kernels import CpuKernels, ExactBlocks
+from vllm_powerquant.attention.rotation import SUPPORTED_HEAD_SIZES
+
+BITS = (2, 3, 4, 8)
+WIDTHS = [
+    pytest.param(d, k, v, id=f"d{d}-k{k}v{v}") for d, k, v in itertools.product(SUPPORTED_HEAD_SIZES, BITS, BITS)
+]
+
+
+def stored(batch: Batch, exact: ExactBlocks | None = None, centre: torch.Tensor | None = None) -> CpuKernels:
+    """Kernels of the batch's format, after storing every token of every request."""
+    kernels = CpuKernels(batch.format)
+    for r, (key, value) in enumerate(zip(batch.keys, batch.values, strict=True)):
+        kernels.store(batch.cache, key, value, batch.slots(r), centre, exact, batch.slots(r, exact=True))
+    return kernels
+
+
+def attended(batch: Batch, kernels: CpuKernels, exact: ExactBlocks | None = None, centre: torch.Tensor | None = None):
+    kernels.attend(
+        batch.query,
+        batch.chunk(batch.keys),
+        batch.chunk(batch.values),
+        batch.out,
+        batch.cache,
+        batch.query_start_loc,
+        batch.seq_lens,
+        batch.block_table,
+        batch.format.head_size**-0.5,
+        centre,
+        exact,
+        batch.exact_table if exact else None,
+    )
+    return batch.out
+
+
+def expected(batch: Batch, exact: ExactBlocks | None = None, centre: torch.Tensor | None = None) -> torch.Tensor:
+    out, start = [], 0
+    for r, (context, queries) in enumerate(zip(batch.contexts, batch.queries, strict=True)):
+        out.append(
+            reference.attend(
+                batch.format,
+                batch.query[start : start + queries],
+                batch.keys[r][context:],
+                batch.values[r][context:],
+                batch.cache,
+                batch.block_table[r],
+                context,
+                batch.format.head_size**-0.5,
+                centre,
+                exact.cache if exact else None,
+                batch.exact_table[r] if exact else None,
+                exact.residual_tokens if exact else 0,
+                exact.sink_tokens if exact else 0,
+            )
+        )
+        start += queries
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("head_size, key_bits, value_bits", WIDTHS)
+def test_every_width(head_size, key_bits, value_bits):
+    """Bytes and arithmetic of each width and head size: 3 requests, one of them a chunk."""
+    batch = Batch(CacheFormat(head_size, key_bits, value_bits), [200, 63, 0], [5, 1, 3], 2, 3, torch.float32)
+    kernels = stored(batch)
+    want = torch.full_like(batch.cache, 0xA5)
+    for r in range(3):
+        reference.store(batch.format, want, batch.keys[r], batch.values[r], batch.slots(r))
+    assert torch.equal(batch.cache, want)
+    assert relative_rms(attended(batch, kernels), expected(batch)) < ARITHMETIC_LIMIT[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 8, 16])
+def test_query_groups(group, dtype):
+    batch = Batch(CacheFormat(64), [130, 1], [1, 2], 2, group, dtype)
+    kernels = stored(batch)
+    assert relative_rms(attended(batch, kernels), expected(batch)) < ARITHMETIC_LIMIT[dtype]
+
+
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 128, 129, 500, 2048, 2049, 6000])
+def test_context_lengths(length, head_size):
+    batch = Batch(CacheFormat(head_size), [length - 1, length], [1, 1], 1, 4, torch.float32)
+    kernels = stored(batch)
+    assert relative_rms(attended(batch, kernels), expected(batch)) < ARITHMETIC_LIMIT[torch.float32]
+
+
+@pytest.mark.parametrize("queries", [2, 17, 63, 64, 65, 300])
+def test_chunks(queries):
+    batch = Batch(CacheFormat(64), [0, 100, 257], [queries, 1, queries], 3, 3, torch.float32)
+    kernels = stored(batch)
+    assert relative_rms(attended(batch, kernels), expected(batch)) < ARITHMETIC_LIMIT[torch.float32]
+
+
+@pytest.mark.parametrize("residual_tokens, sink_tokens", [(128, 4), (128, 0), (0, 4), (0, 16), (1, 0), (4096, 4)])
+@pytest.mark.parametrize("queries", [1, 5, 70])
+def test_exact_blocks(residual_tokens, sink_tokens, queries):
+    batch = Batch(CacheFormat(64), [700, 90, 3], [queries] * 3, 2, 3, torch.float32)
+    exact = batch.exact_blocks(residual_tokens, sink_tokens)
+    kernels = stored(batch, exact)
+    # null blocks in the middle of the window, as after chunked prefill: read packed there
+    batch.exact_table[0, 38:41] = 0
+    assert relative_rms(attended(batch, kernels, exact), expected(batch, exact)) < ARITHMETIC_LIMIT[torch.float32]
+
+
+def test_exact_blocks_hold_the_rows_given():
+    batch = Batch(CacheFormat(64), [40], [1], 2, 1, torch.bfloat16)
+    exact = batch.exact_blocks(128, 4)
+    batch.exact_table[0, 1] = 0
+    stored(batch, exact)
+    slots = batch.slots(0, exact=True)
+    rows = exact.cache[slots // 16, :, slots % 16]
+    real = slots >= 16
+    assert torch.equal(rows[real], torch.cat((batch.keys[0], batch.values[0]), -1)[real])
+    assert exact.cache[0].isnan().all()  # the null block is not written
+
+
+def test_only_exact_blocks():
+    """Protected layers: no packed cache, every position exact; equal to plain attention."""
+    batch = Batch(CacheFormat(64), [200, 0], [3, 70], 2, 3, torch.float32)
+    exact = batch.exact_blocks(0, 2**31 - 1)
+    kernels = CpuKernels(batch.format)
+    for r in range(2):
+        kernels.store(None, batch.keys[r], batch.values[r], None, exact=exact, exact_slot_mapping=batch.slots(r, exact=True))
+    batch.cache = None
+    out, start = attended(batch, kernels, exact), 0
+    for r, queries in enumerate(batch.queries):
+        keys, values = (x[r].double().repeat_interleave(3, dim=1).transpose(0, 1) for x in (batch.keys, batch.values))
+        total = keys.shape[1]
+        mask = torch.arange(total)[None] <= torch.arange(total - queries, total)[:, None]
+        query = batch.query[start : start + queries].double().transpose(0, 1)
+        want = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask).transpose(0, 1)
+        assert relative_rms(out[start : start + queries], want) < 1e-5
+        start += queries
+
+
+def test_key_centre():
+    batch = Batch(CacheFormat(64), [300, 20], [1, 4], 2, 3, torch.float32)
+    centre = 2 * torch.randn(2, 64, generator=torch.Generator().manual_seed(3))
+    exact = batch.exact_blocks(64, 4)
+    kernels = stored(batch, exact, centre)
+    want = torch.full_like(batch.cache, 0xA5)
+    for r in range(2):
+        reference.store(batch.format, want, batch.keys[r], batch.values[r], batch.slots(r), centre)
+    assert torch.equal(batch.cache, want)
+    got = attended(batch, kernels, exact, centre)
+    assert relative_rms(got, expected(batch, exact, centre)) < ARITHMETIC_LIMIT[torch.float32]
+
+
+@pytest.mark.parametrize("pieces", [[300], [1] * 300, [37] * 8 + [4], [63, 1, 64, 65, 107]], ids=["whole", "ones", "37s", "mixed"])
+def test_store_does_not_depend_on_the_pieces(pieces):
+    """The same bytes in whatever alignment tokens arrive, rewritten drafts included."""
+    batch = Batch(CacheFormat(64, 4, 2), [299], [1], 3, 1, torch.bfloat16)
+    key, value, slots = batch.keys[0], batch.values[0], batch.slots(0)
+    reference.store(batch.format, batch.cache, key, value, slots)
+    got, kernels, start = torch.full_like(batch.cache, 0xA5), CpuKernels(batch.format), 0
+    for n in pieces:
+        drafts = slice(start, min(start + n + 3, 300))  # three more than are kept: rejected, then written again
+        kernels.store(got, -key[drafts], -value[drafts], slots[drafts])
+        part = slice(start, start + n)
+        kernels.store(got, key[part], value[part], slots[part])
+        start += n
+    assert torch.equal(got, batch.cache)
+
+
+def test_padding_is_not_written():
+    batch = Batch(CacheFormat(64), [5], [1], 2, 1, torch.bfloat16)
+    slots = torch.full_like(batch.slots(0), -1)
+    CpuKernels(batch.format).store(batch.cache, batch.keys[0], batch.values[0], slots)
+    assert (batch.cache == 0xA5).all()
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0], ids=["flat", "plain", "spiky"])
+def test_score_ranges(scale):
+    batch = Batch(CacheFormat(128), [3000], [1], 2, 4, torch.float32)
+    batch.query *= scale
+    kernels = stored(batch)
+    assert relative_rms(attended(batch, kernels), expected(batch)) < ARITHMETIC_LIMIT[torch.float32]
+
+
+def test_a_packed_sink_does_not_hide_the_tail():
+    """Token 0 takes most of the weight; what the others add must still count."""
+    batch = Batch(CacheFormat(64), [2000], [1], 1, 1, torch.float32)
+    batch.keys[0][0] = batch.query[0] * 2
+    batch.values[0][:] = batch.values[0].abs()
+    batch.values[0][0] = 0
+    kernels = stored(batch)
+    assert relative_rms(attended(batch, kernels), expected(batch)) < 2e-3
+
+
+def test_result_does_not_depend_on_threads_or_batch():
+    whole = Batch(CacheFormat(64), [5000, 70, 900], [1, 9, 1], 2, 3, torch.bfloat16)
+    kernels = stored(whole)
+    out = attended(whole, kernels).clone()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(attended(whole, kernels), out)
+    finally:
+        torch.set_num_threads(threads)
+    alone = torch.empty_like(whole.query[:1])
+    kernels.attend(
+        whole.query[:1],
+        whole.keys[0][5000:],
+        whole.values[0][5000:],
+        alone,
+        whole.cache,
+        torch.tensor([0, 1], dtype=torch.int32),
+        whole.seq_lens[:1],
+        whole.block_table[:1],
+        0.125,
+    )
+    assert torch.equal(alone, out[:1])
+
+
+def test_strided_inputs():
+    """Queries, keys and values as slices of one projection, as vLLM hands them over."""
+    batch = Batch(CacheFormat(64), [100], [4], 2, 2, torch.bfloat16)
+    kernels = stored(batch)
+    want = attended(batch, kernels).clone()
+    joined = torch.cat((batch.query, batch.chunk(batch.keys), batch.chunk(batch.values)), dim=1)
+    out = torch.empty_like(want)
+    arguments = (batch.cache, batch.query_start_loc, batch.seq_lens, batch.block_table, 0.125)
+    kernels.attend(joined[:, :4], joined[:, 4:6], joined[:, 6:], out, *arguments)
+    assert torch.equal(out, want)
+
+
+def test_wrong_tensors_are_refused():
+    batch = Batch(CacheFormat(64), [5], [1], 2, 1, torch.float32)
+    kernels = CpuKernels(batch.format)
+    with pytest.raises(ValueError, match="cache must be uint8"):
+        kernels.store(batch.cache[..., :-1], batch.keys[0], batch.values[0], batch.slots(0))
+    with pytest.raises(ValueError, match="int64"):
+        kernels.store(batch.cache, batch.keys[0], batch.values[0], batch.slots(0).int())
+    with pytest.raises(NotImplementedError, match="must share one of"):
+        kernels.store(batch.cache, batch.keys[0].half(), batch.values[0], batch.slots(0))
+
+
+def test_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(cpu_build.KernelBuildError, match="CXX=no-such-compiler was not found; install one"):
+        cpu_build.find_compiler()
+
+
+def test_portable_kernels_agree(tmp_path, monkeypatch):
+    """Built without AVX-512 the kernels take their portable path; same bytes, same limits."""
+    import vllm_powerquant.attention.kernels.cpu_kernels as cpu_kernels
+
+    monkeypatch.setenv("POWERQUANT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cpu_build, "_FLAGS", [f for f in cpu_build._FLAGS if f != "-march=native"])
+    cpu_build.build.cache_clear()
+    cpu_kernels._load.cache_clear()
+    try:
+        for key_bits, value_bits in ((4, 2), (3, 3), (2, 4), (8, 8)):
+            batch = Batch(CacheFormat(80, key_bits, value_bits), [200, 63], [5, 1], 2, 3, torch.float32)
+            kernels = stored(batch)
+            want = torch.full_like(batch.cache, 0xA5)
+            for r in range(2):
+                reference.store(batch.format, want, batch.keys[r], batch.values[r], batch.slots(r))
+            assert torch.equal(batch.cache, want)
+            assert relative_rms(attended(batch, kernels), expected(batch)) < ARITHMETIC_LIMIT[torch.float32]
+    finally:
+        cpu_build.build.cache_clear()
+        cpu_kernels._load.cache_clear()
