@@ -11,10 +11,10 @@ BACKEND = "vllm_powerquant.attention.vllm_backend.PowerQuantBackend"
 
 
 def register() -> None:
-    """Register the backend, check the environment, install the CPU platform's hook and the checks. Idempotent.
+    """Check the environment, register the backend, install the CPU platform's hook and the checks. Idempotent.
 
-    Raises: PowerQuantConfigError for a bad POWERQUANT_ variable, in the process that parses vLLM's arguments: before any
-            worker starts
+    Raises: PowerQuantConfigError for a bad POWERQUANT_ variable, first in the process that parses vLLM's arguments, before
+            it starts another; whichever backend is asked for
     """
     PowerQuantConfig.from_sources(os.environ)
     backend_member()

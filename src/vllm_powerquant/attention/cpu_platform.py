@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 
+from ..errors import PowerQuantUnsupportedError
+
 
 def install(name: str) -> None:
     """Wrap CpuPlatform.get_attn_backend_cls so that the backend registered as `name` is honoured. Idempotent."""
@@ -18,12 +20,14 @@ def install(name: str) -> None:
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, *args, **kwargs):
         if getattr(selected_backend, "name", None) != name:
             return stock(cls, selected_backend, attn_selector_config, *args, **kwargs)
-        # the CPU platform validates nothing by itself
+        # the CPU platform validates nothing by itself; checks.py refuses the known cases earlier
         reasons = selected_backend.get_class().validate_configuration(
             device_capability=DeviceCapability(0, 0), **attn_selector_config._asdict()
         )
         if reasons:
-            raise ValueError(f"{name} cannot serve this model: {'; '.join(reasons)}; leave out --attention-backend")
+            raise PowerQuantUnsupportedError(
+                f"{name} cannot serve a layer of this model: {'; '.join(reasons)}; leave out --attention-backend"
+            )
         return selected_backend.get_path()
 
     get_attn_backend_cls.powerquant = True

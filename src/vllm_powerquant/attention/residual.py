@@ -5,8 +5,10 @@ through vLLM's registry. Every token is always written packed; a position whose 
 from the packed copy, so an exact block that is not there costs quality and never correctness.
 
 - Residual: real blocks for the last `sliding_window` tokens that are scheduled; older ones are freed as the window slides.
+  Workers learn ids at allocation only, so a block is freed once no step can read or write it: after that its id is stale.
 - Sinks: a request's first block lives as long as the request and is prefix-cacheable under the hash of its tokens. It is
-  freed after the request's packed blocks, so the pool evicts it after the packed block that a hit would start from: a hit
+  freed after the request's packed blocks (their layers register first, so their group has the lower id; only KV connectors
+  defer frees and turn the order round), so the pool evicts it after the packed block that a hit would start from: a hit
   finds its sinks, whether it comes from another request or from resuming a preempted one.
 
 Only vLLM's side is here; what the blocks mean to attention is reference.exact_positions.
@@ -16,10 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.utils.math_utils import cdiv
+from vllm.utils.math_utils import cdiv, round_down
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
@@ -32,7 +37,8 @@ from ..errors import PowerQuantUnsupportedError
 class ExactSpec(SlidingWindowSpec):
     """Blocks of `block_size` tokens for a window of `sliding_window` tokens (0: none) and for the first sink_tokens.
 
-    lookahead: tokens a step may schedule beyond those it keeps (rejected drafts), by which the window must reach further back.
+    lookahead: slots a decoding request may have beyond its next token: of steps in flight, drafts and the drafter's own. The
+    window spans them too, as they are freed by the tokens that are settled.
     """
 
     sink_tokens: int = 0
@@ -47,7 +53,11 @@ class ExactSpec(SlidingWindowSpec):
         """Real blocks a decoding request's window spans, at most."""
         if self.sliding_window == 0:
             return 0
-        return cdiv(self.sliding_window - 1 + 2 * self.lookahead, self.block_size) + 1
+        return cdiv(self.sliding_window - 1 + self.lookahead + self.extra_retained_tokens, self.block_size) + 1
+
+    @property
+    def blocks_per_request(self) -> int:
+        return self.window_blocks + (self.sink_tokens > 0)
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
         """Real blocks of one request, which is what capacity is counted by.
@@ -55,30 +65,43 @@ class ExactSpec(SlidingWindowSpec):
         While a long prompt is prefilled, the previous chunk's window is held beside the new one; if the pool has no room for
         that, ExactManager leaves the new window to its packed copy.
         """
-        return min(self.window_blocks + (self.sink_tokens > 0), cdiv(max_model_len, self.block_size))
+        return min(self.blocks_per_request, cdiv(max_model_len, self.block_size))
 
 
 class ExactManager(SlidingWindowManager):
     """Allocates real blocks for the window and the sinks, the null block for every other position."""
 
+    # exact groups of each pool: vLLM splits a group whose blocks would be wider than the packed group's
+    _num_groups: ClassVar[WeakKeyDictionary[BlockPool, int]] = WeakKeyDictionary()
+
     def __init__(self, kv_cache_spec: ExactSpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
+        self._num_groups[self.block_pool] = self._num_groups.get(self.block_pool, 0) + 1
         # tokens up to which a request's next allocation must use null blocks, decided when its need was asked for
         self._without_window: dict[str, int] = {}
+        # blocks of a request that the window has left behind: null, but for the sinks
+        self._num_behind: dict[str, int] = {}
 
     def _first_window_block(self, num_tokens: int) -> int:
-        """Index of the first block of the window that ends at token num_tokens."""
-        spec = self.kv_cache_spec
-        if spec.sliding_window == 0:
-            return cdiv(num_tokens, self.block_size)
-        return max(0, num_tokens - spec.lookahead - spec.sliding_window + 1) // self.block_size
+        """Index of the first block that a chunk after num_tokens tokens reads."""
+        return self.get_num_skipped_tokens(num_tokens) // self.block_size
 
     def _new_real_blocks(self, have: int, num_tokens: int, window: bool) -> list[int]:
         """Indices of the blocks from `have` on that need a real block to reach num_tokens."""
-        need = cdiv(num_tokens, self.block_size)
-        first = max(have, self._first_window_block(num_tokens)) if window else need
-        sink = [0] if have == 0 and need > 0 and self.kv_cache_spec.sink_tokens > 0 and first > 0 else []
+        spec = self.kv_cache_spec
+        first = need = cdiv(num_tokens, self.block_size)
+        if window and spec.sliding_window > 0:
+            # slots may be for tokens that are not kept: the window starts where it would without them
+            first = max(have, self._first_window_block(num_tokens - spec.lookahead))
+        sink = [0] if have == 0 and need > 0 and spec.sink_tokens > 0 and first > 0 else []
         return sink + list(range(first, need))
+
+    def _num_held(self, request_id: str) -> int:
+        """Real blocks that a request holds."""
+        blocks = self.req_to_blocks.get(request_id, ())
+        behind = self._num_behind.get(request_id, 0)
+        sinks = sum(not block.is_null for block in blocks[: min(behind, 1)])
+        return sinks + sum(not block.is_null for block in blocks[behind:])
 
     def get_num_blocks_to_allocate(
         self,
@@ -97,9 +120,13 @@ class ExactManager(SlidingWindowManager):
         hits = self._get_num_evictable_blocks(new_computed_blocks)
         real = len(self._new_real_blocks(have, num_tokens, window=True))
         self._without_window.pop(request_id, None)
-        if real > 2 and real * 2 + self._packed_blocks(request_id, num_tokens) > self.block_pool.get_num_free_blocks():
-            self._without_window[request_id] = num_tokens
-            real = len(self._new_real_blocks(have, num_tokens, window=False))
+        # What capacity counts is the request's due, and makes others wait. More of it is not: the window of a chunk beside
+        # those that are still read, if this leaves room for the other exact groups and for the next chunk's packed blocks.
+        if self._num_held(request_id) + real > self.kv_cache_spec.blocks_per_request:
+            room = self.block_pool.get_num_free_blocks() - 2 * self._packed_blocks(request_id, num_tokens)
+            if real * self._num_groups[self.block_pool] > room:
+                self._without_window[request_id] = num_tokens
+                real = len(self._new_real_blocks(have, num_tokens, window=False))
         return real + hits
 
     def _packed_blocks(self, request_id: str, num_tokens: int) -> int:
@@ -156,20 +183,19 @@ class ExactManager(SlidingWindowManager):
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
-        """Free blocks behind the window. Null blocks may stand anywhere (chunked prefill), so all of them are looked at."""
+        """Free blocks behind the window of the next chunk, which follows processed_computed_tokens tokens or more."""
         blocks = self.req_to_blocks.get(request_id)
-        if not blocks:
+        if not blocks or self.kv_cache_spec.sliding_window == 0:
             return
-        # the next query is token processed_computed_tokens: its window ends there
-        end = min(self._first_window_block(processed_computed_tokens + 1), len(blocks))
-        first = 1 if self.kv_cache_spec.sink_tokens > 0 else 0
-        freed = []
-        for i in range(end - 1, first - 1, -1):
-            if not blocks[i].is_null:
-                freed.append(blocks[i])
-                blocks[i] = self._null_block
-        if freed:
-            self.block_pool.free_blocks(freed)
+        end = min(self._first_window_block(processed_computed_tokens), len(blocks))
+        start = self._num_behind.get(request_id, 1 if self.kv_cache_spec.sink_tokens > 0 else 0)
+        if end <= start:
+            return
+        # null blocks may stand anywhere (chunked prefill)
+        freed = [block for block in blocks[start:end] if not block.is_null]
+        blocks[start:end] = [self._null_block] * (end - start)
+        self._num_behind[request_id] = end
+        self.block_pool.free_blocks(reversed(freed))
 
     def cache_blocks(self, request, num_tokens: int, retention_interval: int | None = None, **kwargs) -> None:
         """Offer the sink block, once full, under the hash of its tokens."""
@@ -191,6 +217,7 @@ class ExactManager(SlidingWindowManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list:
         self._without_window.pop(request_id, None)
+        self._num_behind.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     @classmethod
@@ -206,14 +233,15 @@ class ExactManager(SlidingWindowManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ):
-        """Never shortens a hit: the cached sink block, or a null block, and null blocks for the rest."""
-        num_blocks = cdiv(max_length, kv_cache_spec.block_size)
-        hits: list[list] = [[block_pool.null_block] * num_blocks for _ in kv_cache_group_ids]
-        if num_blocks:
-            hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, kv_cache_spec.block_size)
-            found = block_pool.get_cached_block(hashes[0], kv_cache_group_ids) if len(hashes) else None
-            for blocks, block in zip(hits, found or (), strict=False):
-                blocks[0] = block
+        """Keeps a hit's length: each group's cached sink block, or a null block, and null blocks for the rest."""
+        if drop_eagle_block:
+            # max_length is the hit and one block more, which is matched and dropped again
+            max_length = round_down(max(0, max_length - kv_cache_spec.block_size), alignment_tokens)
+        hits: list[list] = [[block_pool.null_block] * cdiv(max_length, kv_cache_spec.block_size) for _ in kv_cache_group_ids]
+        hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, kv_cache_spec.block_size)
+        if max_length and len(hashes):
+            for group_id, blocks in zip(kv_cache_group_ids, hits, strict=True):
+                blocks[:1] = block_pool.get_cached_block(hashes[0], [group_id]) or blocks[:1]
         return tuple(hits), max_length
 
 
@@ -241,7 +269,7 @@ class ExactCache(torch.nn.Module, AttentionLayerBase):
         return self._backend
 
     def get_kv_cache_spec(self, vllm_config) -> ExactSpec:
-        speculative = vllm_config.speculative_config
+        slots = vllm_config.max_concurrent_batches * (1 + vllm_config.num_speculative_tokens) + vllm_config.num_lookahead_tokens
         return ExactSpec(
             block_size=self._config.residual_block_size,
             num_kv_heads=self._num_kv_heads,
@@ -249,5 +277,5 @@ class ExactCache(torch.nn.Module, AttentionLayerBase):
             dtype=vllm_config.model_config.dtype,
             sliding_window=self._config.residual_tokens,
             sink_tokens=self._config.sink_tokens,
-            lookahead=speculative.num_speculative_tokens if speculative else 0,
+            lookahead=slots - 1,
         )

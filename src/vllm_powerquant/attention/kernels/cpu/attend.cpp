@@ -44,23 +44,60 @@ constexpr int kRunTiles = 32;        // sub-pages of a run: 2,048 tokens
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kMasked = -1e30f;
 constexpr float kFixed = 32512.0f;   // 127 * 256: the high byte of a fixed-point number stays in int8
+constexpr IntVec kLaneIndex = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+using Bytes = int8_t __attribute__((vector_size(16)));
+
+inline Vec splat(float x) { return Vec{} + x; }
+inline Vec to_float(IntVec x) { return __builtin_convertvector(x, Vec); }
+inline Vec load(const float* x) { return *reinterpret_cast<const Vec*>(x); }
+inline void save(float* out, Vec x) { *reinterpret_cast<Vec*>(out) = x; }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+template <typename T, typename V, typename F>
+T fold(V v, F f) {
+  T total = v[0];
+  for (int lane = 1; lane < kLanes; ++lane) total = f(total, v[lane]);
+  return total;
+}
+
+inline float largest_of(Vec v) {
+#ifdef PQ_AVX512
+  return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
+#else
+  return fold<float>(v, [](float a, float b) { return a > b ? a : b; });
+#endif
+}
+inline float sum_of(Vec v) {
+#ifdef PQ_AVX512
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#else
+  return fold<float>(v, [](float a, float b) { return a + b; });
+#endif
+}
+inline int32_t sum_of(IntVec v) {
+#ifdef PQ_AVX512
+  return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(v));
+#else
+  return fold<int32_t>(v, [](int32_t a, int32_t b) { return a + b; });
+#endif
+}
 
 // 2^x for x <= 0 (2e-7 relative; the polynomial is the Taylor series of 2^f on [-1/2, 1/2]); -126 and below give 2^-126.
-inline float exp2_nonpositive(float x) {
-  x = x < -126.0f ? -126.0f : x;
-  const float whole = std::nearbyintf(x), f = x - whole;
-  float p = 1.5403530e-4f;
+inline Vec exp2_nonpositive(Vec x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  x = larger(x, splat(-126.0f));
+  const Vec rounded = x + kRound, f = x - (rounded - kRound);
+  Vec p = splat(1.5403530e-4f);
   p = p * f + 1.3333558e-3f;
   p = p * f + 9.6181291e-3f;
   p = p * f + 5.5504109e-2f;
   p = p * f + 2.4022651e-1f;
   p = p * f + 6.9314718e-1f;
   p = p * f + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return p * power;
+  const IntVec power = (reinterpret_cast<IntVec>(rounded) - 0x4b400000 + 127) << 23;
+  return p * reinterpret_cast<Vec>(power);
 }
+inline float exp2_nonpositive(float x) { return exp2_nonpositive(splat(x))[0]; }
 
 inline IntVec dot_bytes(IntVec sum, const uint8_t* unsigned_bytes, int32_t four_signed) {
 #ifdef PQ_AVX512
@@ -332,10 +369,8 @@ void packed_scores(const Context& c, Scratch& s, int row, const float* key_scale
       for (int k = 0; k < 2; ++k) {
         // unsigned bytes hold level + 128; 1/2 is added in floating point
         const IntVec exact = high[r][k] * 256 + low[r][k] - 128 * total;
-        float* out = s.scores + (row + r) * kTokens + 16 * (block + k);
-        for (int lane = 0; lane < kLanes; ++lane)
-          out[lane] = (static_cast<float>(exact[lane]) + 0.5f * static_cast<float>(total)) * unit *
-                      key_scale[16 * (block + k) + lane];
+        save(s.scores + (row + r) * kTokens + 16 * (block + k),
+             (to_float(exact) + 0.5f * static_cast<float>(total)) * unit * load(key_scale + 16 * (block + k)));
       }
     }
   }
@@ -359,8 +394,7 @@ void packed_outputs(const Context& c, Scratch& s, int row) {
       const float unit = s.weight_unit[row + r], rescale = s.rescale[row + r];
       const IntVec exact = high[r] * 256 + low[r] - 128 * total;
       float* out = s.packed_out + (row + r) * d + channel;
-      for (int lane = 0; lane < kLanes; ++lane)
-        out[lane] = out[lane] * rescale + (static_cast<float>(exact[lane]) + 0.5f * static_cast<float>(total)) * unit;
+      save(out, load(out) * rescale + (to_float(exact) + 0.5f * static_cast<float>(total)) * unit);
     }
   }
 }
@@ -389,37 +423,40 @@ void packed_tile(const Context& c, Scratch& s, int rows, const uint8_t* page, co
            [&](int row) { packed_scores<2>(c, s, row, key_scale); },
            [&](int row) { packed_scores<1>(c, s, row, key_scale); });
   for (int row = 0; row < rows; ++row) {
-    float* x = s.scores + row * kTokens;
-    float top = s.maximum[row];
-    for (int i = 0; i < kTokens; ++i) {
-      x[i] = valid[i] > 0 ? x[i] : kMasked;
-      top = std::max(top, x[i]);
+    float* scores = s.scores + row * kTokens;
+    Vec x[4], top = splat(s.maximum[row]);
+    for (int k = 0; k < 4; ++k) {
+      x[k] = load(valid + 16 * k) > 0 ? load(scores + 16 * k) : splat(kMasked);
+      top = larger(top, x[k]);
     }
-    const float rescale = exp2_nonpositive(s.maximum[row] - top);
-    float sum = 0.0f, largest = 0.0f;
-    for (int i = 0; i < kTokens; ++i) {
-      const float p = exp2_nonpositive(x[i] - top) * valid[i];
+    const float maximum = largest_of(top);
+    const float rescale = maximum > s.maximum[row] ? exp2_nonpositive(s.maximum[row] - maximum) : 1.0f;
+    Vec sum = {}, heaviest = {};
+    for (int k = 0; k < 4; ++k) {
+      const Vec p = exp2_nonpositive(x[k] - maximum) * load(valid + 16 * k);
       sum += p;
-      x[i] = p * value_scale[i];
-      largest = std::max(largest, x[i]);
+      x[k] = p * load(value_scale + 16 * k);
+      heaviest = larger(heaviest, x[k]);
     }
+    const float largest = largest_of(heaviest);
     const float inverse = largest > 0 ? kFixed / largest : 0.0f;
-    int32_t total = 0;
-    int8_t *high = s.weight_high + row * kTokens, *low = s.weight_low + row * kTokens;
-    for (int i = 0; i < kTokens; ++i) {
-      const int32_t n = static_cast<int32_t>(x[i] * inverse + 0.5f);
-      const int32_t l = static_cast<int8_t>(n & 255);
+    IntVec total = {};
+    for (int k = 0; k < 4; ++k) {
+      // adding 2^23 rounds to an integer, kept in the low bits
+      const IntVec n = reinterpret_cast<IntVec>(x[k] * inverse + 8388608.0f) & 0xffff;
+      const IntVec low = ((n & 255) ^ 128) - 128;
       total += n;
-      low[i] = static_cast<int8_t>(l);
-      high[i] = static_cast<int8_t>((n - l) >> 8);
+      const Bytes low_bytes = __builtin_convertvector(low, Bytes), high_bytes = __builtin_convertvector((n - low) >> 8, Bytes);
+      std::memcpy(s.weight_low + row * kTokens + 16 * k, &low_bytes, 16);
+      std::memcpy(s.weight_high + row * kTokens + 16 * k, &high_bytes, 16);
     }
     if (rescale != 1.0f)
-      for (int i = 0; i < c.d; ++i) s.exact_out[row * c.d + i] *= rescale;
-    s.weight_sum[row] = total;
+      for (int i = 0; i < c.d; i += kLanes) save(s.exact_out + row * c.d + i, load(s.exact_out + row * c.d + i) * rescale);
+    s.weight_sum[row] = sum_of(total);
     s.weight_unit[row] = largest * f.value_step / kFixed;
     s.rescale[row] = rescale;
-    s.maximum[row] = top;
-    s.sum[row] = s.sum[row] * rescale + sum;
+    s.maximum[row] = maximum;
+    s.sum[row] = s.sum[row] * rescale + sum_of(sum);
   }
   unpack_values(f, page, s);
   for_rows(rows, [&](int row) { packed_outputs<3>(c, s, row); }, [&](int row) { packed_outputs<2>(c, s, row); },
@@ -450,7 +487,7 @@ void exact_scores(const Context& c, Scratch& s, int row) {
   for (int i = 0; i < d; ++i) {
     const Vec* keys = reinterpret_cast<const Vec*>(s.exact_keys + i * kTokens);
     for (int r = 0; r < N; ++r) {
-      const Vec q = Vec{} + s.query[(row + r) * d + i];
+      const Vec q = splat(s.query[(row + r) * d + i]);
       for (int k = 0; k < 4; ++k) sums[r][k] += q * keys[k];
     }
   }
@@ -465,7 +502,7 @@ void exact_outputs(const Context& c, Scratch& s, int row, int count) {
     for (int r = 0; r < N; ++r) sums[r] = *reinterpret_cast<const Vec*>(s.exact_out + (row + r) * d + channel);
     for (int t = 0; t < count; ++t) {
       const Vec v = *reinterpret_cast<const Vec*>(s.exact_values + t * d + channel);
-      for (int r = 0; r < N; ++r) sums[r] += (Vec{} + s.scores[(row + r) * kTokens + t]) * v;
+      for (int r = 0; r < N; ++r) sums[r] += splat(s.scores[(row + r) * kTokens + t]) * v;
     }
     for (int r = 0; r < N; ++r) std::memcpy(s.exact_out + (row + r) * d + channel, &sums[r], sizeof(Vec));
   }
@@ -477,22 +514,27 @@ void exact_tile(const Context& c, Scratch& s, int rows, int count, int first_vis
            [&](int row) { exact_scores<1>(c, s, row); });
   for (int row = 0; row < rows; ++row) {
     const int seen = std::max(0, std::min(count, first_visible + row / c.group));
-    float* x = s.scores + row * kTokens;
-    float top = s.maximum[row];
-    for (int i = 0; i < seen; ++i) top = std::max(top, x[i]);
-    const float rescale = exp2_nonpositive(s.maximum[row] - top);
-    float sum = 0.0f;
-    for (int i = 0; i < kTokens; ++i) {
-      x[i] = i < seen ? exp2_nonpositive(x[i] - top) : 0.0f;
-      sum += x[i];
+    float* scores = s.scores + row * kTokens;
+    Vec x[4], top = splat(s.maximum[row]);
+    for (int k = 0; k < 4; ++k) {
+      x[k] = kLaneIndex + 16 * k < seen ? load(scores + 16 * k) : splat(kMasked);
+      top = larger(top, x[k]);
+    }
+    const float maximum = largest_of(top);
+    const float rescale = maximum > s.maximum[row] ? exp2_nonpositive(s.maximum[row] - maximum) : 1.0f;
+    Vec sum = {};
+    for (int k = 0; k < 4; ++k) {
+      const Vec p = kLaneIndex + 16 * k < seen ? exp2_nonpositive(x[k] - maximum) : splat(0.0f);
+      save(scores + 16 * k, p);
+      sum += p;
     }
     if (rescale != 1.0f)
-      for (int i = 0; i < c.d; ++i) {
-        s.exact_out[row * c.d + i] *= rescale;
-        s.packed_out[row * c.d + i] *= rescale;
+      for (int i = row * c.d; i < (row + 1) * c.d; i += kLanes) {
+        save(s.exact_out + i, load(s.exact_out + i) * rescale);
+        save(s.packed_out + i, load(s.packed_out + i) * rescale);
       }
-    s.maximum[row] = top;
-    s.sum[row] = s.sum[row] * rescale + sum;
+    s.maximum[row] = maximum;
+    s.sum[row] = s.sum[row] * rescale + sum_of(sum);
   }
   for_rows(rows, [&](int row) { exact_outputs<3>(c, s, row, count); }, [&](int row) { exact_outputs<2>(c, s, row, count); },
            [&](int row) { exact_outputs<1>(c, s, row, count); });
@@ -587,21 +629,33 @@ void run(const Context& c, Scratch& s, const Task& task, float* partials) {
     }
   }
 
+  const int64_t tiles_of_block = a.cache.block_size / kTokens;
+  auto sub_page = [&](int64_t t) {
+    const int64_t block = a.block_table[task.request * a.block_table_stride + t / tiles_of_block];
+    return a.cache.data + block * a.cache.block_stride + task.head * a.cache.head_stride +
+           t % tiles_of_block * f.sub_page_bytes;
+  };
   alignas(64) float valid[kTokens];
   for (int64_t t = task.first_tile; t < task.last_tile; ++t) {
     bool any = false;
-    for (int position = 0; position < kTokens; ++position) {
+    // most tiles lie between the sinks and the window, all of their tokens packed
+    const int64_t first = t * kTokens;
+    const bool whole = first + kTokens <= request.context - std::max(0, a.residual_tokens) && first >= a.sink_tokens;
+    if (whole) {
+      for (int k = 0; k < kTokens; k += kLanes) save(valid + k, splat(1.0f));
+      any = true;
+    }
+    for (int position = 0; !whole && position < kTokens; ++position) {
       const int64_t token = t * kTokens + token_at(position);
       const bool packed = token < request.context && !request.is_exact(a, token);
       valid[position] = packed ? 1.0f : 0.0f;
       any |= packed;
     }
     if (!any) continue;
-    const int64_t tiles_of_block = a.cache.block_size / kTokens;
-    const int64_t block = a.block_table[task.request * a.block_table_stride + t / tiles_of_block];
-    packed_tile(c, s, rows,
-                a.cache.data + block * a.cache.block_stride + task.head * a.cache.head_stride + t % tiles_of_block * f.sub_page_bytes,
-                valid);
+    // the next tile's bytes arrive while this one is computed
+    if (t + 1 < task.last_tile)
+      for (int64_t line = 0; line < f.sub_page_bytes; line += 64) __builtin_prefetch(sub_page(t + 1) + line);
+    packed_tile(c, s, rows, sub_page(t), valid);
   }
 
   const float orthonormal = 1.0f / std::sqrt(static_cast<float>(d));

@@ -77,7 +77,12 @@ inline void load_floats(const void* source, int32_t dtype, int n, float* out) {
     for (int i = 0; i < n; ++i) out[i] = bf16_to_float(x[i]);
   } else {
     const _Float16* x = static_cast<const _Float16*>(source);
-    for (int i = 0; i < n; ++i) out[i] = static_cast<float>(x[i]);
+    int i = 0;
+#ifdef PQ_AVX512
+    for (; i + kLanes <= n; i += kLanes)
+      _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i))));
+#endif
+    for (; i < n; ++i) out[i] = static_cast<float>(x[i]);
   }
 }
 
