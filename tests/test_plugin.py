@@ -125,8 +125,9 @@ def serve(tmp_path, *arguments: str, **environ: str) -> tuple[int, str, list[str
                     pass
                 time.sleep(0.02)
         finally:
-            process.kill()
-            process.wait()
+            if process.poll() is None:
+                process.kill()
+                process.wait()
     lines = [line for line in log.read_text().splitlines() if line.strip()]
     return process.returncode, lines[-1], list(started.values())
 

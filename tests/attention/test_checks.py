@@ -62,6 +62,13 @@ FP8_CHECKPOINT = decoder(
         "ignore": [],
     },
 )
+PALIGEMMA = other(
+    "PaliGemmaForConditionalGeneration",
+    "paligemma",
+    text_config={**_DECODER, "model_type": "gemma"},
+    vision_config={"model_type": "siglip_vision_model", "hidden_size": 64, "image_size": 56, "patch_size": 14},
+    projection_dim=256,
+)
 SIZES_OF_BERT = {"vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 ACCEPTED_MODELS = {
@@ -75,6 +82,12 @@ ACCEPTED_MODELS = {
     "gemma3-full-layers": decoder("Gemma3ForCausalLM", "gemma3_text", **_GEMMA, layer_types=_FULL),
     "granite": decoder("GraniteForCausalLM", "granite"),
     "opt": other("OPTForCausalLM", "opt", **SIZES_OF_BERT, word_embed_proj_dim=256, ffn_dim=256),
+    "multimodal": other(
+        "Qwen2AudioForConditionalGeneration",
+        "qwen2_audio",
+        text_config={**_DECODER, "model_type": "qwen2"},
+        audio_config={"model_type": "qwen2_audio_encoder", "d_model": 64, "encoder_layers": 1},
+    ),
     "gpt2": other("GPT2LMHeadModel", "gpt2", vocab_size=512, n_embd=256, n_layer=2, n_head=4),
 }
 
@@ -142,6 +155,7 @@ REFUSED_MODELS = {
         "no recurrent layers",
     ),
     "mamba": (other("MambaForCausalLM", "mamba", vocab_size=512, hidden_size=256), "no recurrent layers"),
+    "bidirectional-images": (PALIGEMMA, "no bidirectional attention over images, .*paligemma"),
     "fp8-checkpoint": (FP8_CHECKPOINT, "--kv-cache-dtype must be auto, .* kv_cache_scheme.*; use --kv-cache-dtype bfloat16"),
 }
 
@@ -169,6 +183,7 @@ ACCEPTED_ARGUMENTS = {
     "window-off": (MISTRAL_WINDOW, {"disable_sliding_window": True}),
     "window-off-some-layers": (GEMMA3, {"disable_sliding_window": True}),
     "pooling": (LLAMA, {"runner": "pooling"}),
+    "bidirectional-images-off": (PALIGEMMA, {"language_model_only": True}),
     "tensor-parallel": (LLAMA, {"tensor_parallel_size": 2}),
     "pipeline-parallel": (LLAMA, {"pipeline_parallel_size": 2}),
     "data-parallel": (LLAMA, {"data_parallel_size": 2}),
@@ -380,12 +395,18 @@ def test_start_up_line_says_options_and_size(create, start_up_lines):
 
 
 def test_start_up_line_compares_a_float32_model_with_bf16(create, start_up_lines):
-    """One of the two layers, first and last, would both be protected: the whole cache stays in float32."""
+    """First and last layer protected of two: the whole cache stays in float32."""
     create(LLAMA, dtype="float32", additional_config={"powerquant": {"protected_layers": 1}})
     assert start_up_lines == [
         "POWERQUANT: keys 4 bits, values 2 bits, last 128 and first 4 tokens of a request exact, 2 protected layers; "
         "2048 bytes a token, 0.50 times less than bf16 (1024)"
     ]
+
+
+def test_start_up_line_comes_from_the_first_process_only(create, start_up_lines, monkeypatch):
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: object())
+    create(LLAMA)
+    assert start_up_lines == []
 
 
 def test_checks_are_installed_once():

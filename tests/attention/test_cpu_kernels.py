@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from helpers import ARITHMETIC_LIMIT, Batch, relative_rms
 
+from helpers import ARITHMETIC_LIMIT, Batch, relative_rms
 from vllm_powerquant.attention import reference
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.kernels import cpu_build
@@ -13,9 +13,7 @@ from vllm_powerquant.attention.kernels.cpu_kernels import CpuKernels, ExactBlock
 from vllm_powerquant.attention.rotation import SUPPORTED_HEAD_SIZES
 
 BITS = (2, 3, 4, 8)
-WIDTHS = [
-    pytest.param(d, k, v, id=f"d{d}-k{k}v{v}") for d, k, v in itertools.product(SUPPORTED_HEAD_SIZES, BITS, BITS)
-]
+WIDTHS = [pytest.param(d, k, v, id=f"d{d}-k{k}v{v}") for d, k, v in itertools.product(SUPPORTED_HEAD_SIZES, BITS, BITS)]
 
 
 def stored(batch: Batch, exact: ExactBlocks | None = None, centre: torch.Tensor | None = None) -> CpuKernels:
@@ -158,7 +156,9 @@ def test_key_centre():
     assert relative_rms(got, expected(batch, exact, centre)) < ARITHMETIC_LIMIT[torch.float32]
 
 
-@pytest.mark.parametrize("pieces", [[300], [1] * 300, [37] * 8 + [4], [63, 1, 64, 65, 107]], ids=["whole", "ones", "37s", "mixed"])
+@pytest.mark.parametrize(
+    "pieces", [[300], [1] * 300, [37] * 8 + [4], [63, 1, 64, 65, 107]], ids=["whole", "ones", "37s", "mixed"]
+)
 def test_store_does_not_depend_on_the_pieces(pieces):
     """The same bytes in whatever alignment tokens arrive, rewritten drafts included."""
     batch = Batch(CacheFormat(64, 4, 2), [299], [1], 3, 1, torch.bfloat16)

@@ -12,9 +12,7 @@ from vllm_powerquant.attention.rotation import SUPPORTED_HEAD_SIZES
 from vllm_powerquant.errors import PowerQuantConfigError, PowerQuantUnsupportedError
 
 BITS = (2, 3, 4, 8)
-ALL = [
-    pytest.param(d, k, v, id=f"d{d}-k{k}v{v}") for d, k, v in itertools.product(SUPPORTED_HEAD_SIZES, BITS, BITS)
-]
+ALL = [pytest.param(d, k, v, id=f"d{d}-k{k}v{v}") for d, k, v in itertools.product(SUPPORTED_HEAD_SIZES, BITS, BITS)]
 
 
 def test_default_slot_is_100_bytes():
@@ -78,8 +76,14 @@ def test_sample_page():
     value = torch.stack((ramp % 5 - 2, (ramp * 3) % 13 - 6))[:, None]
     reference.store(cache_format, cache, key, value, torch.tensor([0, 41]))
     written = cache.flatten()[cache_format.layout.slot_offsets[[0, 41]]]
-    assert written[0].numpy().tobytes().hex() == "919d830b87a62c9007013eb0983a9f45943a0d0dd0190b59c2001b28b84510022a6ee82e0aee9dd314463f2a31d9eae6df3fdb3e"
-    assert written[1].numpy().tobytes().hex() == "4ac0c9447ab9012a13c1e991ca3092233d5c010c009b351159d12133985a2790172b5b173927290a60fbca7614d5d7aa73427044"
+    assert (
+        written[0].numpy().tobytes().hex()
+        == "919d830b87a62c9007013eb0983a9f45943a0d0dd0190b59c2001b28b84510022a6ee82e0aee9dd314463f2a31d9eae6df3fdb3e"
+    )
+    assert (
+        written[1].numpy().tobytes().hex()
+        == "4ac0c9447ab9012a13c1e991ca3092233d5c010c009b351159d12133985a2790172b5b173927290a60fbca7614d5d7aa73427044"
+    )
 
 
 def test_bad_sizes_are_refused():

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import Batch, relative_rms
 
+from helpers import Batch, relative_rms
 from vllm_powerquant.attention import reference
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.rotation import SUPPORTED_HEAD_SIZES, rotate
@@ -73,7 +73,11 @@ def test_huge_vector_saturates_and_not_finite_is_nan():
 def test_key_centre_is_subtracted():
     cache_format = CacheFormat(64, 4, 2)
     g = torch.Generator().manual_seed(0)
-    key, value, centre = torch.randn(6, 2, 64, generator=g), torch.randn(6, 2, 64, generator=g), torch.randn(2, 64, generator=g)
+    key, value, centre = (
+        torch.randn(6, 2, 64, generator=g),
+        torch.randn(6, 2, 64, generator=g),
+        torch.randn(2, 64, generator=g),
+    )
     assert torch.equal(
         reference.encode(cache_format, key, value, centre), reference.encode(cache_format, key - centre, value)
     )

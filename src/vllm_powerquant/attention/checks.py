@@ -154,7 +154,7 @@ def _unsupported_features(model):
     yield "encoder or cross-attention", model.attn_type in ("encoder_only", "encoder_decoder") and model.attn_type
     yield "recurrent layers (Mamba, linear attention)", (model.is_hybrid or model.has_inner_state) and kind
     yield "diffusion models", model.is_diffusion and kind
-    yield "bidirectional attention over images", model.is_mm_prefix_lm and kind
+    yield "bidirectional attention over images", model.is_mm_prefix_lm and f"model_type {model.hf_config.model_type}"
     yield "bidirectional attention over prompts", text.model_type == "hrm_text" and kind
     yield "dual chunk attention", getattr(model.hf_config, "dual_chunk_attention_config", None) and kind
     yield "ALiBi", model.uses_alibi and kind

@@ -37,11 +37,13 @@ from ..errors import PowerQuantUnsupportedError
 class ExactSpec(SlidingWindowSpec):
     """Blocks of `block_size` tokens for a window of `sliding_window` tokens (0: none) and for the first sink_tokens.
 
+    batches: steps that may be in flight at once.
     lookahead: slots a decoding request may have beyond its next token: of steps in flight, drafts and the drafter's own. The
-    window spans them too, as they are freed by the tokens that are settled.
+    window spans them too, as it slides by the tokens that are settled.
     """
 
     sink_tokens: int = 0
+    batches: int = 1
     lookahead: int = 0
 
     @property
@@ -120,10 +122,12 @@ class ExactManager(SlidingWindowManager):
         hits = self._get_num_evictable_blocks(new_computed_blocks)
         real = len(self._new_real_blocks(have, num_tokens, window=True))
         self._without_window.pop(request_id, None)
-        # What capacity counts is the request's due, and makes others wait. More of it is not: the window of a chunk beside
-        # those that are still read, if this leaves room for the other exact groups and for the next chunk's packed blocks.
-        if self._num_held(request_id) + real > self.kv_cache_spec.blocks_per_request:
-            room = self.block_pool.get_num_free_blocks() - 2 * self._packed_blocks(request_id, num_tokens)
+        # What capacity counts is the request's due and makes others wait. The window of a chunk beside those that are still
+        # read is more than that: it must leave room for the other exact groups, and for packed blocks until those are freed
+        # (as many steps as may be in flight). Else a lone request could fail, start again and fail again, for ever.
+        if real and self._num_held(request_id) + real > self.kv_cache_spec.blocks_per_request:
+            packed = self.kv_cache_spec.batches * self._packed_blocks(request_id, num_tokens)
+            room = self.block_pool.get_num_free_blocks() - packed
             if real * self._num_groups[self.block_pool] > room:
                 self._without_window[request_id] = num_tokens
                 real = len(self._new_real_blocks(have, num_tokens, window=False))
@@ -245,7 +249,7 @@ class ExactManager(SlidingWindowManager):
         return tuple(hits), max_length
 
 
-# Where the spec object lives, its manager must be known: the worker builds it, the engine imports this module to unpickle it.
+# Where the spec object lives, its manager must be known: the worker builds it, the engine unpickles it and so imports this.
 # The registry fills itself only while empty, so the built-in kinds come first.
 KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(ExactSpec, ExactManager, uniform_type_base_spec=ExactSpec)
@@ -269,7 +273,8 @@ class ExactCache(torch.nn.Module, AttentionLayerBase):
         return self._backend
 
     def get_kv_cache_spec(self, vllm_config) -> ExactSpec:
-        slots = vllm_config.max_concurrent_batches * (1 + vllm_config.num_speculative_tokens) + vllm_config.num_lookahead_tokens
+        batches = vllm_config.max_concurrent_batches
+        slots = batches * (1 + vllm_config.num_speculative_tokens) + vllm_config.num_lookahead_tokens
         return ExactSpec(
             block_size=self._config.residual_block_size,
             num_kv_heads=self._num_kv_heads,
@@ -277,5 +282,6 @@ class ExactCache(torch.nn.Module, AttentionLayerBase):
             dtype=vllm_config.model_config.dtype,
             sliding_window=self._config.residual_tokens,
             sink_tokens=self._config.sink_tokens,
+            batches=batches,
             lookahead=slots - 1,
         )

@@ -142,6 +142,10 @@ class PowerQuantMetadataBuilder(AttentionMetadataBuilder[PowerQuantMetadata]):
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> PowerQuantMetadata:
         common = common_attn_metadata
+        if common.causal is not True:
+            raise PowerQuantUnsupportedError(
+                "POWERQUANT attends causally only; leave out --attention-backend for this model"
+            )
         return PowerQuantMetadata(
             num_actual_tokens=common.num_actual_tokens,
             query_start_loc=common.query_start_loc.to(torch.int32),
@@ -166,7 +170,7 @@ class PowerQuantImpl(AttentionImpl):
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
-        **kwargs,
+        **features,
     ) -> None:
         check_head_size(head_size)
         for name, value in (
@@ -175,12 +179,13 @@ class PowerQuantImpl(AttentionImpl):
             ("logits soft cap", logits_soft_cap or None),
             ("attention sinks (learned sink logits)", sinks),
             ("KV sharing between layers", kv_sharing_target_layer_name),
+            *features.items(),
         ):
             if value is not None:
                 raise PowerQuantUnsupportedError(f"POWERQUANT has no {name}; leave out --attention-backend for this model")
         if attn_type != AttentionType.DECODER:
             raise PowerQuantUnsupportedError(
-                f"POWERQUANT serves decoder attention, this layer is {attn_type}; leave out --attention-backend for this model"
+                f"POWERQUANT serves decoder attention, this layer is {attn_type}; leave out --attention-backend"
             )
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
@@ -196,6 +201,11 @@ class PowerQuantImpl(AttentionImpl):
         """Called once for every layer before vLLM asks for its cache's spec."""
         layers = self._vllm_config.compilation_config.static_forward_context
         name, layer = next((name, layer) for name, layer in layers.items() if getattr(layer, "impl", None) is self)
+        if layer.attn_backend is not PowerQuantBackend:
+            # chunked-local, static-sink and prefix-LM layers wrap the backend in one of their own
+            raise PowerQuantUnsupportedError(
+                f"POWERQUANT serves plain causal attention, {name} is {type(layer).__name__}; leave out --attention-backend"
+            )
         index = extract_layer_index(name)
         num_layers = self._vllm_config.model_config.get_total_num_hidden_layers()
         protect = self.config.protected_layers
@@ -252,7 +262,8 @@ class PowerQuantImpl(AttentionImpl):
         """Attention of a mixed batch.
 
         Args:    query [num_tokens, num_heads, head_size]; key, value [num_tokens, num_kv_heads, head_size]; kv_cache
-                 [num_blocks, num_kv_heads, block_size, slot_bytes] uint8 (protected: .., 2 * head_size] of the model's dtype)
+                 [num_blocks, num_kv_heads, block_size, slot_bytes] uint8, protected layers [.., 2 * head_size] of the
+                 model's dtype
         Returns: output [num_tokens, num_heads, head_size], written in place; zeros while memory is profiled
         """
         if output_scale is not None or output_block_scale is not None:

@@ -112,4 +112,7 @@ def _run(command: list) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         log = "\n".join(result.stderr.splitlines()[-20:])
-        raise KernelBuildError(f"compiling the CPU kernels failed: {shlex.join(command)}\n{log}")
+        raise KernelBuildError(
+            f"{shlex.join(command)}\n{log}\ncompiling POWERQUANT's CPU kernels failed (command and log above); "
+            f"a C++17 compiler is needed, e.g. g++ 12 or newer; set CXX to choose one"
+        )
