@@ -42,22 +42,7 @@ class Checker:
 
         CpuKernels.attend = checked
 
-    def check(
-        self,
-        kernels,
-        query,
-        key,
-        value,
-        out,
-        cache,
-        query_start,
-        seq_lens,
-        table,
-        scale,
-        centre=None,
-        exact=None,
-        exact_table=None,
-    ):
+    def check(self, kernels, query, key, value, out, cache, plan, table, scale, centre=None, exact=None, exact_table=None):
         from vllm_powerquant.attention import reference
 
         number = self._seen.setdefault(id(kernels), len(self._seen))
@@ -65,8 +50,8 @@ class Checker:
             return
         size, block_size, d = exact.cache.shape[2], cache.shape[2], kernels.format.head_size
         slots, exact_slots = [], []
-        for r, queries in enumerate(query_start.diff().tolist()):
-            context = int(seq_lens[r]) - queries
+        _, _, query_lens, seq_lens = plan.every
+        for r, context in enumerate((seq_lens - query_lens).tolist()):
             positions = reference.exact_positions(context, exact.residual_tokens, exact.sink_tokens, exact_table[r], size)
             wanted = min(context, exact.sink_tokens) + min(max(context - exact.sink_tokens, 0), exact.residual_tokens - 1)
             self.null_positions += wanted - len(positions)

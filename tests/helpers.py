@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_powerquant.attention.cache_format import CacheFormat
-from vllm_powerquant.attention.kernels.cpu_kernels import ExactBlocks
+from vllm_powerquant.attention.kernels.cpu_kernels import BatchPlan, ExactBlocks
 
 # Kernel against the float64 reference on the same bytes. Fixed point (15 bits) leaves 1e-4 or so; fp16 outputs 2e-4,
 # bf16 outputs 2e-3.
@@ -66,9 +66,5 @@ class Batch:
         return torch.cat([x[c:] for x, c in zip(tensors, self.contexts, strict=True)])
 
     @property
-    def query_start_loc(self) -> torch.Tensor:
-        return torch.tensor([0, *self.queries]).cumsum(0).int()
-
-    @property
-    def seq_lens(self) -> torch.Tensor:
-        return torch.tensor([len(x) for x in self.keys]).int()
+    def plan(self) -> BatchPlan:
+        return BatchPlan.of(torch.tensor([0, *self.queries]).cumsum(0), torch.tensor([len(x) for x in self.keys]))

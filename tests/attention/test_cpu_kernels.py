@@ -8,8 +8,8 @@ import torch
 from helpers import ARITHMETIC_LIMIT, Batch, relative_rms
 from vllm_powerquant.attention import reference
 from vllm_powerquant.attention.cache_format import CacheFormat
-from vllm_powerquant.attention.kernels import cpu_build
-from vllm_powerquant.attention.kernels.cpu_kernels import CpuKernels, ExactBlocks
+from vllm_powerquant.attention.kernels import cpu_build, cpu_kernels
+from vllm_powerquant.attention.kernels.cpu_kernels import BatchPlan, CpuKernels, ExactBlocks
 from vllm_powerquant.attention.rotation import SUPPORTED_HEAD_SIZES
 
 BITS = (2, 3, 4, 8)
@@ -31,8 +31,7 @@ def attended(batch: Batch, kernels: CpuKernels, exact: ExactBlocks | None = None
         batch.chunk(batch.values),
         batch.out,
         batch.cache,
-        batch.query_start_loc,
-        batch.seq_lens,
+        batch.plan,
         batch.block_table,
         batch.format.head_size**-0.5,
         centre,
@@ -110,6 +109,18 @@ def test_exact_blocks(residual_tokens, sink_tokens, queries):
     # null blocks in the middle of the window, as after chunked prefill: read packed there
     batch.exact_table[0, 38:41] = 0
     assert relative_rms(attended(batch, kernels, exact), expected(batch, exact)) < ARITHMETIC_LIMIT[torch.float32]
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 4e-4), (torch.float16, 1e-3), (torch.bfloat16, 6e-3)])
+def test_long_chunks_over_a_dequantized_context(dtype, limit, monkeypatch):
+    """Chunks of 64 queries and more dequantize their context, here in segments of 256 tokens; beside them a short one."""
+    monkeypatch.setattr(cpu_kernels, "SEGMENT_TOKENS", 256)
+    batch = Batch(CacheFormat(64), [700, 5, 64], [100, 1, 64], 2, 3, dtype)
+    centre = torch.randn(2, 64, generator=torch.Generator().manual_seed(3))
+    exact = batch.exact_blocks(128, 4)
+    kernels = stored(batch, exact, centre)
+    batch.exact_table[0, 38:41] = 0
+    assert relative_rms(attended(batch, kernels, exact, centre), expected(batch, exact, centre)) < limit
 
 
 def test_exact_blocks_hold_the_rows_given():
@@ -216,8 +227,7 @@ def test_result_does_not_depend_on_threads_or_batch():
         whole.values[0][5000:],
         alone,
         whole.cache,
-        torch.tensor([0, 1], dtype=torch.int32),
-        whole.seq_lens[:1],
+        BatchPlan.of(torch.tensor([0, 1]), torch.tensor([5001])),
         whole.block_table[:1],
         0.125,
     )
@@ -231,7 +241,7 @@ def test_strided_inputs():
     want = attended(batch, kernels).clone()
     joined = torch.cat((batch.query, batch.chunk(batch.keys), batch.chunk(batch.values)), dim=1)
     out = torch.empty_like(want)
-    arguments = (batch.cache, batch.query_start_loc, batch.seq_lens, batch.block_table, 0.125)
+    arguments = (batch.cache, batch.plan, batch.block_table, 0.125)
     kernels.attend(joined[:, :4], joined[:, 4:6], joined[:, 6:], out, *arguments)
     assert torch.equal(out, want)
 
@@ -255,8 +265,6 @@ def test_missing_compiler_is_named(monkeypatch):
 
 def test_portable_kernels_agree(tmp_path, monkeypatch):
     """Built without AVX-512 the kernels take their portable path; same bytes, same limits."""
-    import vllm_powerquant.attention.kernels.cpu_kernels as cpu_kernels
-
     monkeypatch.setenv("POWERQUANT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(cpu_build, "_FLAGS", [f for f in cpu_build._FLAGS if f != "-march=native"])
     cpu_build.build.cache_clear()

@@ -30,7 +30,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from ..config import PowerQuantConfig
 from ..errors import PowerQuantUnsupportedError
 from .cache_format import CacheFormat
-from .kernels.cpu_kernels import CpuKernels, ExactBlocks
+from .kernels.cpu_kernels import BatchPlan, CpuKernels, ExactBlocks
 from .layout import SUB_PAGE_TOKENS
 from .residual import ExactCache
 from .rotation import SUPPORTED_HEAD_SIZES, check_head_size
@@ -131,8 +131,7 @@ class PowerQuantMetadata(AttentionMetadata):
     """One step's batch; exact blocks have one of their own with their block table."""
 
     num_actual_tokens: int
-    query_start_loc: torch.Tensor  # [num_reqs + 1] int32
-    seq_lens: torch.Tensor  # [num_reqs] int32
+    plan: BatchPlan
     block_table: torch.Tensor  # [num_reqs, max_blocks] int32
 
 
@@ -148,8 +147,7 @@ class PowerQuantMetadataBuilder(AttentionMetadataBuilder[PowerQuantMetadata]):
             )
         return PowerQuantMetadata(
             num_actual_tokens=common.num_actual_tokens,
-            query_start_loc=common.query_start_loc.to(torch.int32),
-            seq_lens=common.seq_lens.to(torch.int32),
+            plan=BatchPlan.of(common.query_start_loc, common.seq_lens, common.max_query_len),
             block_table=common.block_table_tensor,
         )
 
@@ -284,8 +282,7 @@ class PowerQuantImpl(AttentionImpl):
             value.view(-1, self.num_kv_heads, self.head_size),
             output.view(shape),
             cache,
-            batch.query_start_loc,
-            batch.seq_lens,
+            batch.plan,
             batch.block_table,
             self.scale,
             self.key_centre,

@@ -10,7 +10,7 @@ import torch
 
 from ...errors import PowerQuantUnsupportedError
 from ..cache_format import CacheFormat
-from ..rotation import outer_matrix, outer_order, random_signs
+from ..rotation import outer_matrix, outer_order, random_signs, rotate, unrotate
 from .cpu_build import build
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -83,6 +83,7 @@ class _AttendArgs(ctypes.Structure):
         ("num_heads", _I32),
         ("num_kv_heads", _I32),
         ("query_start", _Pointer),
+        ("query_lens", _Pointer),
         ("seq_lens", _Pointer),
         ("cache", _Pages),
         ("block_table", _Pointer),
@@ -95,6 +96,62 @@ class _AttendArgs(ctypes.Structure):
         ("key_centre", _Pointer),
         ("scale", _F32),
     ]
+
+
+class _DequantizeArgs(ctypes.Structure):
+    _fields_ = [
+        ("format", ctypes.POINTER(_Format)),
+        ("cache", _Pages),
+        ("block_table", _Pointer),
+        ("exact", _Pages),
+        ("exact_table", _Pointer),
+        ("residual_tokens", _I32),
+        ("sink_tokens", _I32),
+        ("key_centre", _Pointer),
+        ("num_kv_heads", _I32),
+        ("dtype", _I32),
+        ("context", _I64),
+        ("first", _I64),
+        ("count", _I64),
+        ("keys", _Pointer),
+        ("values", _Pointer),
+    ]
+
+
+# A chunk this long is worth matrix products: its context is dequantized, a segment at a time, for torch's attention.
+CHUNK_QUERIES = 64
+SEGMENT_TOKENS = 4096  # bounds the workspace: 2 * num_kv_heads * head_size elements a token
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """A step's requests, split by how they are attended; made once a step and used by every layer.
+
+    rows: requests of few queries, which read packed pages directly: (indices, query_start, query_lens, seq_lens), each [n],
+          indices int64 (None: all requests in order), the rest int32
+    chunks: (request, first query token, query tokens, context tokens) of requests with CHUNK_QUERIES queries or more
+    """
+
+    rows: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]
+    chunks: tuple[tuple[int, int, int, int], ...]
+    every: tuple[None, torch.Tensor, torch.Tensor, torch.Tensor]  # all requests as rows
+
+    @classmethod
+    def of(cls, query_start_loc: torch.Tensor, seq_lens: torch.Tensor, max_query_len: int | None = None) -> BatchPlan:
+        """Args: query_start_loc [num_requests + 1] int32, seq_lens [num_requests] int32 (the chunk included)"""
+        starts, lens = query_start_loc[:-1].int(), query_start_loc.diff().int()
+        seq_lens = seq_lens.int()
+        every = (None, starts, lens, seq_lens)
+        if max_query_len is not None and max_query_len < CHUNK_QUERIES:
+            return cls(every, (), every)
+        long = lens >= CHUNK_QUERIES
+        indices = (~long).nonzero().flatten()
+        chunks = tuple(
+            (r, int(starts[r]), int(lens[r]), int(seq_lens[r] - lens[r])) for r in long.nonzero().flatten().tolist()
+        )
+        if not chunks:
+            return cls(every, (), every)
+        return cls((indices, starts[indices], lens[indices], seq_lens[indices]), chunks, every)
 
 
 @dataclass(frozen=True)
@@ -185,8 +242,7 @@ class CpuKernels:
         value: torch.Tensor,
         out: torch.Tensor,
         cache: torch.Tensor | None,
-        query_start_loc: torch.Tensor,
-        seq_lens: torch.Tensor,
+        plan: BatchPlan,
         block_table: torch.Tensor,
         scale: float,
         key_centre: torch.Tensor | None = None,
@@ -197,10 +253,36 @@ class CpuKernels:
 
         Without a cache every position before the chunk must have an exact block.
 
-        Args: query, out [n, num_heads, head_size]; key, value [n, num_kv_heads, head_size]; query_start_loc
-              [num_requests + 1] int32; seq_lens [num_requests] int32 (the chunk included); block_table, exact_block_table
+        Args: query, out [n, num_heads, head_size]; key, value [n, num_kv_heads, head_size]; block_table, exact_block_table
               [num_requests, ...] int32; cache as for `store`
         """
+        rows, chunks = (plan.every, ()) if cache is None else (plan.rows, plan.chunks)
+        self._attend_rows(query, key, value, out, cache, rows, block_table, scale, key_centre, exact, exact_block_table)
+        for request, start, length, context in chunks:
+            part = slice(start, start + length)
+            self._attend_chunk(
+                query[part],
+                key[part],
+                value[part],
+                out[part],
+                cache,
+                context,
+                block_table[request],
+                scale,
+                key_centre,
+                exact,
+                exact_block_table[request] if exact else None,
+            )
+
+    def _attend_rows(
+        self, query, key, value, out, cache, rows, block_table, scale, key_centre, exact, exact_block_table
+    ) -> None:
+        indices, query_start, query_lens, seq_lens = rows
+        if not len(seq_lens):
+            return
+        if indices is not None:
+            block_table = block_table[indices]
+            exact_block_table = exact_block_table[indices] if exact else None
         arguments = _AttendArgs(
             format=ctypes.pointer(self._format),
             query=_rows(query),
@@ -213,7 +295,8 @@ class CpuKernels:
             num_requests=seq_lens.shape[0],
             num_heads=query.shape[1],
             num_kv_heads=key.shape[1],
-            query_start=_address(query_start_loc, torch.int32),
+            query_start=_address(query_start, torch.int32),
+            query_lens=_address(query_lens, torch.int32),
             seq_lens=_address(seq_lens, torch.int32),
             cache=self._packed(cache),
             block_table=_address(block_table, torch.int32),
@@ -228,6 +311,76 @@ class CpuKernels:
         )
         self._library.pq_attend(ctypes.byref(arguments))
 
+    def _attend_chunk(
+        self, query, key, value, out, cache, context, block_table, scale, key_centre, exact, exact_block_table
+    ) -> None:
+        """A long chunk of one request: itself and segments of its context by torch's attention, joined by their sums."""
+        length, num_heads, head_size = query.shape
+        num_kv_heads = key.shape[1]
+        group = num_heads // num_kv_heads
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # [heads, length, head_size]
+        if key_centre is not None:
+            key = (key.float() - key_centre[:, None]).to(query.dtype)
+        own_key, own_value = (x.repeat_interleave(group, dim=0) for x in (key, value))
+        own, log_sum = _flash(query, own_key, own_value, scale, causal=True)
+        if not context:
+            out.copy_(own.transpose(0, 1))
+            return
+        # the context's keys are in rotated space; heads of a group follow each other, so a kv head's queries are one run
+        rotated = rotate(query.float()).to(query.dtype).reshape(num_kv_heads, group * length, head_size)
+        total = torch.zeros(num_heads, length, head_size)
+        total_log_sum = torch.full((num_heads, length), -torch.inf)
+        for first in range(0, context, SEGMENT_TOKENS):
+            count = min(SEGMENT_TOKENS, context - first)
+            keys, values = self.dequantize(
+                cache, block_table, context, first, count, query.dtype, key_centre, exact, exact_block_table
+            )
+            part, part_log_sum = _flash(rotated, keys, values, scale, causal=False)
+            total, total_log_sum = _join(
+                total, total_log_sum, part.reshape(num_heads, length, head_size), part_log_sum.reshape(num_heads, length)
+            )
+        total, _ = _join(own.float(), log_sum, unrotate(total), total_log_sum)
+        out.copy_(total.transpose(0, 1))
+
+    def dequantize(
+        self,
+        cache: torch.Tensor,
+        block_table: torch.Tensor,
+        context: int,
+        first: int,
+        count: int,
+        dtype: torch.dtype,
+        key_centre: torch.Tensor | None = None,
+        exact: ExactBlocks | None = None,
+        exact_block_table: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens first .. first + count of one request's context, exact ones from their blocks, in rotated space.
+
+        Args:    first a multiple of 64; block_table, exact_block_table [blocks] int32 of this request
+        Returns: keys, values [num_kv_heads, count, head_size] of dtype
+        """
+        keys = torch.empty(cache.shape[1], count, self.format.head_size, dtype=dtype)
+        values = torch.empty_like(keys)
+        arguments = _DequantizeArgs(
+            format=ctypes.pointer(self._format),
+            cache=self._packed(cache),
+            block_table=_address(block_table, torch.int32),
+            exact=_exact_pages(exact, dtype),
+            exact_table=_address(exact_block_table if exact else None, torch.int32),
+            residual_tokens=exact.residual_tokens if exact else 0,
+            sink_tokens=exact.sink_tokens if exact else 0,
+            key_centre=_address(key_centre, torch.float32),
+            num_kv_heads=cache.shape[1],
+            dtype=_dtype(keys),
+            context=context,
+            first=first,
+            count=count,
+            keys=keys.data_ptr(),
+            values=values.data_ptr(),
+        )
+        self._library.pq_dequantize(ctypes.byref(arguments))
+        return keys, values
+
     def _packed(self, cache: torch.Tensor | None) -> _Pages:
         if cache is None:
             return _Pages()
@@ -241,10 +394,25 @@ class CpuKernels:
         return _Pages(cache.data_ptr(), cache.stride(0), cache.stride(1), 0, cache.shape[2])
 
 
+def _flash(query, key, value, scale, causal) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's CPU attention with its log-sum-exp: [heads, n, head_size] -> out [heads, n, head_size], [heads, n] fp32."""
+    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query[None], key[None], value[None], 0.0, causal, scale=scale
+    )
+    return out[0], log_sum[0].float()
+
+
+def _join(a, a_log_sum, b, b_log_sum) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two attentions over disjoint tokens, [heads, n, head_size] with log-sums [heads, n], as one in fp32."""
+    log_sum = torch.logaddexp(a_log_sum, b_log_sum)
+    weight_a, weight_b = ((x - log_sum).exp()[..., None] for x in (a_log_sum, b_log_sum))
+    return a * weight_a + b * weight_b, log_sum
+
+
 @functools.cache
 def _load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build()))
-    for name, arguments in (("pq_store", _StoreArgs), ("pq_attend", _AttendArgs)):
+    for name, arguments in (("pq_store", _StoreArgs), ("pq_attend", _AttendArgs), ("pq_dequantize", _DequantizeArgs)):
         getattr(library, name).argtypes = [ctypes.POINTER(arguments)]
         getattr(library, name).restype = None
     return library

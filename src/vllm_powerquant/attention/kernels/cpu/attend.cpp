@@ -24,7 +24,8 @@ struct AttendArgs {
   int64_t out_token_stride, out_head_stride;
   int32_t dtype;
   int32_t num_requests, num_heads, num_kv_heads;
-  const int32_t* query_start;      // [num_requests + 1]
+  const int32_t* query_start;      // [num_requests], first token of the chunk
+  const int32_t* query_lens;       // [num_requests], its tokens
   const int32_t* seq_lens;         // [num_requests], the chunk included
   Pages cache;                     // data null: every position before the chunk is exact
   const int32_t* block_table;      // [num_requests, block_table_stride]
@@ -35,6 +36,21 @@ struct AttendArgs {
   int32_t residual_tokens, sink_tokens;
   const float* key_centre;         // [num_kv_heads, head_size] or null
   float scale;                     // of the scores
+};
+
+// Mirrors cpu_kernels._DequantizeArgs.
+struct DequantizeArgs {
+  const Format* format;
+  Pages cache;
+  const int32_t* block_table;      // of one request
+  Pages exact;                     // data null: none
+  const int32_t* exact_table;
+  int32_t residual_tokens, sink_tokens;
+  const float* key_centre;         // [num_kv_heads, head_size] or null
+  int32_t num_kv_heads, dtype;
+  int64_t context;                 // tokens before the request's chunk
+  int64_t first, count;            // tokens to dequantize; first is a multiple of 64
+  void *keys, *values;             // out, [num_kv_heads, count, head_size] of dtype, in rotated space
 };
 
 namespace {
@@ -583,7 +599,8 @@ struct Request {
   int64_t context;        // tokens before the chunk
   const int32_t* exact_table;
 
-  bool is_exact(const AttendArgs& a, int64_t token) const {
+  template <typename Args>
+  bool is_exact(const Args& a, int64_t token) const {
     if (!exact_table) return false;
     if (token >= a.sink_tokens && !(a.residual_tokens > 0 && token > context - a.residual_tokens)) return false;
     return exact_table[token / a.exact.block_size] > 0;
@@ -595,7 +612,7 @@ void run(const Context& c, Scratch& s, const Task& task, float* partials) {
   const Format& f = *a.format;
   const int d = c.d, rows = task.num_queries * c.group;
   const int64_t start = a.query_start[task.request];
-  const Request request{a.seq_lens[task.request] - (a.query_start[task.request + 1] - start),
+  const Request request{a.seq_lens[task.request] - a.query_lens[task.request],
                         a.exact.data ? a.exact_table + task.request * a.exact_table_stride : nullptr};
   load_queries(c, s, task);
 
@@ -702,8 +719,61 @@ void merge(const Context& c, Scratch& s, const Task* tasks, int64_t first, int64
   }
 }
 
+// One sub-page of one kv head, in rotated space: packed tokens as level * scale, exact ones rotated.
+void dequantize_tile(const DequantizeArgs& a, Scratch& s, int head, int64_t tile) {
+  const Format& f = *a.format;
+  const int d = f.head_size;
+  const int64_t bytes = element_bytes(a.dtype), first = a.first + tile * kTokens;
+  const int count = static_cast<int>(std::min<int64_t>(kTokens, a.first + a.count - first));
+  const Request request{a.context, a.exact.data ? a.exact_table : nullptr};
+  const uint8_t* page = a.cache.data + a.block_table[first / a.cache.block_size] * a.cache.block_stride +
+                        head * a.cache.head_stride + first % a.cache.block_size / kTokens * f.sub_page_bytes;
+  unpack_keys(f, page, s);
+  unpack_values(f, page, s);
+  alignas(64) float key_scale[kTokens], value_scale[kTokens];
+  load_floats(page + f.key_scale, kFloat16, kTokens, key_scale);
+  load_floats(page + f.value_scale, kFloat16, kTokens, value_scale);
+  const float orthonormal = 1.0f / std::sqrt(static_cast<float>(d));
+  auto save_row = [&](void* out, int t) {
+    store_floats(s.row, a.dtype, d, static_cast<char*>(out) + ((head * a.count + first - a.first + t) * d) * bytes);
+  };
+  for (int t = 0; t < count; ++t) {
+    if (request.is_exact(a, first + t)) {
+      const int64_t size = a.exact.block_size, token = first + t;
+      const uint8_t* at = a.exact.data + a.exact_table[token / size] * a.exact.block_stride + head * a.exact.head_stride +
+                          token % size * a.exact.token_stride;
+      for (int half = 0; half < 2; ++half) {
+        load_floats(at + half * d * bytes, a.dtype, d, s.row);
+        for (int i = 0; i < d; ++i) {
+          if (half == 0 && a.key_centre) s.row[i] -= a.key_centre[head * d + i];
+          s.row[i] *= f.signs[i] * orthonormal;
+        }
+        hadamard(s.row, s.row_scratch, d, f.outer_order, f.outer, false);
+        save_row(half == 0 ? a.keys : a.values, t);
+      }
+      continue;
+    }
+    const int position = position_of(t);
+    const float key_unit = key_scale[position] * f.key_step, value_unit = value_scale[position] * f.value_step;
+    for (int i = 0; i < d; ++i)
+      s.row[i] = (static_cast<float>(s.keys[(i / 4 * kTokens + position) * 4 + i % 4]) - 127.5f) * key_unit;
+    save_row(a.keys, t);
+    for (int i = 0; i < d; ++i)
+      s.row[i] = (static_cast<float>(s.values[(position / 4 * d + i) * 4 + position % 4]) - 127.5f) * value_unit;
+    save_row(a.values, t);
+  }
+}
+
 void fill_lut(int bits, const int8_t* levels, uint8_t* lut) {
   for (int i = 0; i < 1 << bits; ++i) lut[i] = static_cast<uint8_t>(levels[i] + 128);
+}
+
+Scratch& thread_scratch(const Format& f) {
+  thread_local std::unique_ptr<Scratch> scratch;
+  if (!scratch) scratch.reset(new Scratch);
+  fill_lut(f.key_bits, f.key_levels, scratch->key_lut);
+  fill_lut(f.value_bits, f.value_levels, scratch->value_lut);
+  return *scratch;
 }
 
 }  // namespace
@@ -718,7 +788,7 @@ extern "C" void pq_attend(const pq::AttendArgs* args) {
   std::vector<std::pair<int64_t, int64_t>> merges;
   int64_t num_partials = 0;
   for (int32_t r = 0; r < a.num_requests; ++r) {
-    const int32_t queries = a.query_start[r + 1] - a.query_start[r];
+    const int32_t queries = a.query_lens[r];
     const int64_t context = a.seq_lens[r] - queries;
     const int32_t tiles = a.cache.data ? static_cast<int32_t>((context + kTokens - 1) / kTokens) : 0;
     const int32_t runs = queries <= block_queries ? std::max(1, (tiles + kRunTiles - 1) / kRunTiles) : 1;
@@ -736,14 +806,22 @@ extern "C" void pq_attend(const pq::AttendArgs* args) {
   const std::unique_ptr<float[]> partials(new float[static_cast<size_t>(num_partials * kRows * (c.d + 2))]);
 #pragma omp parallel
   {
-    thread_local std::unique_ptr<Scratch> scratch;
-    if (!scratch) scratch.reset(new Scratch);
-    fill_lut(a.format->key_bits, a.format->key_levels, scratch->key_lut);
-    fill_lut(a.format->value_bits, a.format->value_levels, scratch->value_lut);
+    Scratch& scratch = thread_scratch(*a.format);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < static_cast<int64_t>(tasks.size()); ++i) run(c, *scratch, tasks[static_cast<size_t>(i)], partials.get());
+    for (int64_t i = 0; i < static_cast<int64_t>(tasks.size()); ++i) run(c, scratch, tasks[static_cast<size_t>(i)], partials.get());
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < static_cast<int64_t>(merges.size()); ++i)
-      merge(c, *scratch, tasks.data(), merges[static_cast<size_t>(i)].first, merges[static_cast<size_t>(i)].second, partials.get());
+      merge(c, scratch, tasks.data(), merges[static_cast<size_t>(i)].first, merges[static_cast<size_t>(i)].second, partials.get());
+  }
+}
+
+extern "C" void pq_dequantize(const pq::DequantizeArgs* args) {
+  const int64_t tiles = (args->count + pq::kTokens - 1) / pq::kTokens;
+#pragma omp parallel
+  {
+    pq::Scratch& scratch = pq::thread_scratch(*args->format);
+#pragma omp for schedule(static)
+    for (int64_t job = 0; job < tiles * args->num_kv_heads; ++job)
+      pq::dequantize_tile(*args, scratch, static_cast<int>(job / tiles), job % tiles);
   }
 }
