@@ -55,7 +55,10 @@ def main() -> None:
         for name, model in shapes.items():
             job = {"model": model, "bytes": int(args.gib * 2**30)}
             stock = start(job, None, {})
-            print(f"{name:24} {'bf16':14} {stock['tokens']:>10,} tokens  {stock['requests']:8.2f} requests of 8,192", flush=True)
+            print(
+                f"{name:24} {'bf16':14} {stock['tokens']:>10,} tokens  {stock['requests']:8.2f} requests of 8,192",
+                flush=True,
+            )
             for label, environment in (("all packed", ALL_PACKED), ("defaults", {})):
                 ours = start(job, "POWERQUANT", environment)
                 print(

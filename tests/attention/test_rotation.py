@@ -10,6 +10,7 @@ from vllm_powerquant.attention.rotation import (
     outer_matrix,
     random_signs,
     rotate,
+    rotation_matrix,
     unrotate,
 )
 from vllm_powerquant.errors import PowerQuantUnsupportedError
@@ -42,6 +43,12 @@ def test_hadamard_transform_does_not_depend_on_the_batch(head_size):
     together = hadamard_transform(x)
     alone = torch.stack([hadamard_transform(row) for row in x])
     assert torch.equal(together, alone)
+
+
+@sizes
+def test_rotation_matrix_rotates(head_size):
+    x = torch.randn(5, head_size, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(x @ rotation_matrix(head_size).T, rotate(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("order", [1, 12, 20, 28])

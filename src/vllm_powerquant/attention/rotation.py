@@ -122,3 +122,10 @@ def unrotate(y: torch.Tensor) -> torch.Tensor:
     """R^T y, the inverse of rotate."""
     head_size = y.shape[-1]
     return _hadamard(y, transpose=True) * random_signs(head_size).to(y) * (1.0 / math.sqrt(head_size))
+
+
+@functools.cache
+def rotation_matrix(head_size: int) -> torch.Tensor:
+    """R as a matrix [head_size, head_size] fp32: x @ R.T = rotate(x) up to rounding; faster for many vectors."""
+    with torch.device("cpu"):
+        return rotate(torch.eye(head_size, dtype=torch.float64)).T.contiguous().float()

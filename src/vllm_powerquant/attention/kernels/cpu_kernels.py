@@ -10,7 +10,7 @@ import torch
 
 from ...errors import PowerQuantUnsupportedError
 from ..cache_format import CacheFormat
-from ..rotation import outer_matrix, outer_order, random_signs, rotate, unrotate
+from ..rotation import outer_matrix, outer_order, random_signs, rotation_matrix
 from .cpu_build import build
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -327,19 +327,22 @@ class CpuKernels:
             out.copy_(own.transpose(0, 1))
             return
         # the context's keys are in rotated space; heads of a group follow each other, so a kv head's queries are one run
-        rotated = rotate(query.float()).to(query.dtype).reshape(num_kv_heads, group * length, head_size)
-        total = torch.zeros(num_heads, length, head_size)
-        total_log_sum = torch.full((num_heads, length), -torch.inf)
+        matrix = rotation_matrix(head_size)
+        rotated = (query.float() @ matrix.T).to(query.dtype).reshape(num_kv_heads, group * length, head_size)
+        total, total_log_sum = None, None
         for first in range(0, context, SEGMENT_TOKENS):
             count = min(SEGMENT_TOKENS, context - first)
             keys, values = self.dequantize(
                 cache, block_table, context, first, count, query.dtype, key_centre, exact, exact_block_table
             )
             part, part_log_sum = _flash(rotated, keys, values, scale, causal=False)
-            total, total_log_sum = _join(
-                total, total_log_sum, part.reshape(num_heads, length, head_size), part_log_sum.reshape(num_heads, length)
-            )
-        total, _ = _join(own.float(), log_sum, unrotate(total), total_log_sum)
+            part = part.reshape(num_heads, length, head_size).float()
+            part_log_sum = part_log_sum.reshape(num_heads, length)
+            if total is None:
+                total, total_log_sum = part, part_log_sum
+            else:
+                total, total_log_sum = _join(total, total_log_sum, part, part_log_sum)
+        total, _ = _join(total @ matrix, total_log_sum, own.float(), log_sum)
         out.copy_(total.transpose(0, 1))
 
     def dequantize(
@@ -403,10 +406,10 @@ def _flash(query, key, value, scale, causal) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _join(a, a_log_sum, b, b_log_sum) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two attentions over disjoint tokens, [heads, n, head_size] with log-sums [heads, n], as one in fp32."""
+    """Two attentions over disjoint tokens, [heads, n, head_size] fp32 with log-sums [heads, n], as one; a is overwritten."""
     log_sum = torch.logaddexp(a_log_sum, b_log_sum)
     weight_a, weight_b = ((x - log_sum).exp()[..., None] for x in (a_log_sum, b_log_sum))
-    return a * weight_a + b * weight_b, log_sum
+    return a.mul_(weight_a).addcmul_(b, weight_b), log_sum
 
 
 @functools.cache
