@@ -21,7 +21,11 @@ from ...paths import cache_dir
 
 SOURCE_DIR = Path(__file__).parent / "cpu"
 # The store keeps each operation apart (no fused multiply-add): its bytes are the reference's, bit for bit.
-_SOURCES = {"store.cpp": ["-ffp-contract=off"], "attend.cpp": ["-ffp-contract=fast"]}
+_SOURCES = {
+    "store.cpp": ["-ffp-contract=off"],
+    "attend.cpp": ["-ffp-contract=fast"],
+    "dequantize.cpp": ["-ffp-contract=fast"],
+}
 _FLAGS = [
     "-std=c++17",
     "-O3",

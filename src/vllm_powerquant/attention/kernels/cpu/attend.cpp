@@ -12,7 +12,7 @@
 #include <memory>
 #include <vector>
 
-#include "common.h"
+#include "unpack.h"
 
 namespace pq {
 
@@ -38,20 +38,6 @@ struct AttendArgs {
   float scale;                     // of the scores
 };
 
-// Mirrors cpu_kernels._DequantizeArgs.
-struct DequantizeArgs {
-  const Format* format;
-  Pages cache;
-  const int32_t* block_table;      // of one request
-  Pages exact;                     // data null: none
-  const int32_t* exact_table;
-  int32_t residual_tokens, sink_tokens;
-  const float* key_centre;         // [num_kv_heads, head_size] or null
-  int32_t num_kv_heads, dtype;
-  int64_t context;                 // tokens before the request's chunk
-  int64_t first, count;            // tokens to dequantize; first is a multiple of 64
-  void *keys, *values;             // out, [num_kv_heads, count, head_size] of dtype, in rotated space
-};
 
 namespace {
 
@@ -60,105 +46,10 @@ constexpr int kRunTiles = 32;        // sub-pages of a run: 2,048 tokens
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kMasked = -1e30f;
 constexpr float kFixed = 32512.0f;   // 127 * 256: the high byte of a fixed-point number stays in int8
-constexpr IntVec kLaneIndex = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-using Bytes = int8_t __attribute__((vector_size(16)));
-
-inline Vec splat(float x) { return Vec{} + x; }
-inline Vec to_float(IntVec x) { return __builtin_convertvector(x, Vec); }
-inline Vec load(const float* x) { return *reinterpret_cast<const Vec*>(x); }
-inline void save(float* out, Vec x) { *reinterpret_cast<Vec*>(out) = x; }
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
-
-template <typename T, typename V, typename F>
-T fold(V v, F f) {
-  T total = v[0];
-  for (int lane = 1; lane < kLanes; ++lane) total = f(total, v[lane]);
-  return total;
-}
-
-inline float largest_of(Vec v) {
-#ifdef PQ_AVX512
-  return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
-#else
-  return fold<float>(v, [](float a, float b) { return a > b ? a : b; });
-#endif
-}
-inline float sum_of(Vec v) {
-#ifdef PQ_AVX512
-  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
-#else
-  return fold<float>(v, [](float a, float b) { return a + b; });
-#endif
-}
-inline int32_t sum_of(IntVec v) {
-#ifdef PQ_AVX512
-  return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(v));
-#else
-  return fold<int32_t>(v, [](int32_t a, int32_t b) { return a + b; });
-#endif
-}
-
-// 2^x for x <= 0 (2e-7 relative; the polynomial is the Taylor series of 2^f on [-1/2, 1/2]); -126 and below give 2^-126.
-inline Vec exp2_nonpositive(Vec x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-  x = larger(x, splat(-126.0f));
-  const Vec rounded = x + kRound, f = x - (rounded - kRound);
-  Vec p = splat(1.5403530e-4f);
-  p = p * f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.0f;
-  const IntVec power = (reinterpret_cast<IntVec>(rounded) - 0x4b400000 + 127) << 23;
-  return p * reinterpret_cast<Vec>(power);
-}
-inline float exp2_nonpositive(float x) { return exp2_nonpositive(splat(x))[0]; }
-
-inline IntVec dot_bytes(IntVec sum, const uint8_t* unsigned_bytes, int32_t four_signed) {
-#ifdef PQ_AVX512
-  return reinterpret_cast<IntVec>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), _mm512_load_si512(unsigned_bytes),
-                                                      _mm512_set1_epi32(four_signed)));
-#else
-  int8_t s[4];
-  std::memcpy(s, &four_signed, 4);
-  for (int lane = 0; lane < kLanes; ++lane)
-    sum[lane] += unsigned_bytes[4 * lane] * s[0] + unsigned_bytes[4 * lane + 1] * s[1] +
-                 unsigned_bytes[4 * lane + 2] * s[2] + unsigned_bytes[4 * lane + 3] * s[3];
-  return sum;
-#endif
-}
-
-#ifdef PQ_AVX512
-// 16 x 16 transpose of 32-bit words, in registers.
-inline void transpose16(__m512i* r) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int k = 0; k < 2; ++k) {
-      r[i + 2 * k] = _mm512_unpacklo_epi64(t[i + k], t[i + k + 2]);
-      r[i + 2 * k + 1] = _mm512_unpackhi_epi64(t[i + k], t[i + k + 2]);
-    }
-  for (int i = 0; i < 4; ++i)
-    for (int k = 0; k < 2; ++k) {
-      t[8 * k + i] = _mm512_shuffle_i32x4(r[8 * k + i], r[8 * k + 4 + i], 0x88);
-      t[8 * k + 4 + i] = _mm512_shuffle_i32x4(r[8 * k + i], r[8 * k + 4 + i], 0xdd);
-    }
-  for (int i = 0; i < 8; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-  }
-}
-#endif
 
 // What a thread works in. Aligned rows; sizes for the largest head.
 struct Scratch {
-  alignas(64) uint8_t keys[kTokens * kMaxHeadSize];     // [head_size / 4][64 positions][4 channels]
-  alignas(64) uint8_t values[kTokens * kMaxHeadSize];   // [16][head_size][4 positions]
-  alignas(64) uint8_t bytes[kTokens * kMaxHeadSize];
+  PackedTile tile;
   alignas(64) float exact_keys[kMaxHeadSize * kTokens];  // [head_size][64 tokens]
   alignas(64) float exact_values[kTokens * kMaxHeadSize];
   alignas(64) float query[kRows * kMaxHeadSize];         // raw, times scale * log2(e)
@@ -173,7 +64,6 @@ struct Scratch {
   alignas(64) float packed_out[kRows * kMaxHeadSize];    // rotated
   alignas(64) float exact_out[kRows * kMaxHeadSize];
   alignas(64) float row[kMaxHeadSize], row_scratch[kMaxHeadSize];
-  uint8_t key_lut[256], value_lut[256];                  // stored code -> level + 128
 };
 
 struct Task {
@@ -189,173 +79,7 @@ struct Context {
   int d, group;
   int64_t dtype_bytes;
 };
-
 // ---- packed tiles ----------------------------------------------------------------------------------------------------
-
-// Codes of the generic layout, one token or position at a time: idx of channel i from bytes `stride` apart.
-inline int code_at(const uint8_t* low, const uint8_t* high, int bits, int d, int i, int64_t stride) {
-  if (bits == 8) return low[i * stride] ^ 0x80;
-  if (bits == 4) return low[i % (d / 2) * stride] >> (i / (d / 2) * 4) & 15;
-  int code = low[i % (d / 4) * stride] >> (i / (d / 4) * 2) & 3;
-  if (bits == 3) code |= (high[i % (d / 8) * stride] >> (i / (d / 8)) & 1) << 2;
-  return code;
-}
-
-[[maybe_unused]] void unpack_keys_plain(const Format& f, const uint8_t* page, Scratch& s) {
-  const int d = f.head_size;
-  for (int position = 0; position < kTokens; ++position) {
-    const int token = token_at(position);
-    const uint8_t* low = page + f.key_plane[0] + token * (d * (f.key_bits == 3 ? 2 : f.key_bits) / 8);
-    const uint8_t* high = page + f.key_plane[1] + token * (d / 8);
-    for (int i = 0; i < d; ++i) {
-      int code;
-      if (f.key_bits == 4) {
-        const int word = i % (d / 2) / 4, channel = i % 4, z = i / (d / 2);
-        const uint8_t* w = low + 4 * word;
-        const int magnitude = w[2 * z + channel / 2] >> (channel % 2 * 4) & 7;
-        code = w[channel] >> (z ? 3 : 7) & 1 ? 7 - magnitude : 8 + magnitude;
-      } else {
-        code = code_at(low, high, f.key_bits, d, i, 1);
-      }
-      s.keys[(i / 4 * kTokens + position) * 4 + i % 4] = s.key_lut[code];
-    }
-  }
-}
-
-[[maybe_unused]] void unpack_values_plain(const Format& f, const uint8_t* page, Scratch& s) {
-  const int d = f.head_size;
-  const uint8_t *low = page + f.value_plane[0], *high = page + f.value_plane[1];
-  const int flip = f.value_bits == 2 ? 2 : 0;
-  for (int i = 0; i < d; ++i)
-    for (int position = 0; position < kTokens; ++position) {
-      int code = code_at(low + position, high + position, f.value_bits, d, i, kTokens);
-      if (i >= d - d / 4) code ^= flip;
-      s.values[(position / 4 * d + i) * 4 + position % 4] = s.value_lut[code];
-    }
-}
-
-#ifdef PQ_AVX512
-inline __m512i lookup(__m512i codes, __m512i lut) { return _mm512_shuffle_epi8(lut, codes); }
-
-void unpack_keys(const Format& f, const uint8_t* page, Scratch& s) {
-  const int d = f.head_size, bits = f.key_bits;
-  if (bits == 3 && d % 32) return unpack_keys_plain(f, page, s);
-  const int low_bytes = bits == 3 ? d / 4 : d * bits / 8, words = low_bytes / 4, high_words = d / 32;
-  const __m512i lut = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s.key_lut)));
-  const __m512i three = _mm512_set1_epi8(3), seven = _mm512_set1_epi8(7), ones = _mm512_set1_epi8(1);
-  for (int block = 0; block < 4; ++block) {
-    __m512i high[16];
-    if (bits == 3) {
-      const __mmask16 tail = static_cast<__mmask16>((1 << high_words) - 1);
-      for (int i = 0; i < 16; ++i)
-        high[i] = _mm512_maskz_loadu_epi32(tail, page + f.key_plane[1] + token_at(16 * block + i) * (d / 8));
-      transpose16(high);
-    }
-    for (int first = 0; first < words; first += 16) {
-      const int count = std::min(16, words - first);
-      const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
-      __m512i w[16];
-      for (int i = 0; i < 16; ++i)
-        w[i] = _mm512_maskz_loadu_epi32(mask, page + f.key_plane[0] + token_at(16 * block + i) * low_bytes + 4 * first);
-      transpose16(w);
-      for (int k = 0; k < count; ++k) {
-        const int word = first + k;
-        auto put = [&](int group, __m512i codes) {
-          _mm512_store_si512(s.keys + (group * kTokens + 16 * block) * 4, codes);
-        };
-        if (bits == 4) {
-          // magnitudes of the word's low half are A's, of its high half Z's: spread the nibbles of each half over 4 bytes
-          const __m512i low = _mm512_and_si512(w[k], seven);
-          const __m512i upper = _mm512_and_si512(_mm512_srli_epi32(w[k], 4), seven);
-          const __m512i pick_a = _mm512_broadcast_i32x4(_mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1));
-          const __m512i pick_z = _mm512_broadcast_i32x4(_mm_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1));
-          auto spread = [&](__m512i pick) {
-            return _mm512_or_si512(_mm512_shuffle_epi8(low, pick),
-                                   _mm512_slli_epi16(_mm512_shuffle_epi8(upper, pick), 8));
-          };
-          // code = sign ? 7 - magnitude : 8 + magnitude = (magnitude | 8) ^ (sign ? 15 : 0)
-          const __m512i eight = _mm512_set1_epi8(8), all = _mm512_set1_epi8(15);
-          auto code = [&](__m512i magnitude, __m512i sign_at_top) {
-            const __m512i c = _mm512_or_si512(magnitude, eight);
-            return _mm512_xor_si512(c, _mm512_maskz_mov_epi8(_mm512_movepi8_mask(sign_at_top), all));
-          };
-          put(word, lookup(code(spread(pick_a), w[k]), lut));
-          put(d / 8 + word, lookup(code(spread(pick_z), _mm512_slli_epi32(w[k], 4)), lut));
-        } else if (bits == 8) {
-          put(word, _mm512_xor_si512(w[k], _mm512_set1_epi8(-128)));
-        } else {
-          for (int field = 0; field < 4; ++field) {
-            __m512i c = _mm512_and_si512(_mm512_srli_epi32(w[k], 2 * field), three);
-            if (bits == 3) {
-              const int upper = word >= d / 32;
-              const __m512i h = _mm512_srli_epi32(high[word - upper * (d / 32)], 2 * field + upper);
-              c = _mm512_or_si512(c, _mm512_slli_epi32(_mm512_and_si512(h, ones), 2));
-            }
-            put(field * (d / 16) + word, lookup(c, lut));
-          }
-        }
-      }
-    }
-  }
-}
-
-void unpack_values(const Format& f, const uint8_t* page, Scratch& s) {
-  const int d = f.head_size, bits = f.value_bits;
-  const uint8_t *low = page + f.value_plane[0], *high = page + f.value_plane[1];
-  const __m512i lut = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s.value_lut)));
-  const __m512i three = _mm512_set1_epi8(3);
-  auto columns = [&](const uint8_t* source, int count, __m512i* w) {
-    for (int i = 0; i < 16; ++i)
-      w[i] = i < count ? _mm512_loadu_si512(source + i * kTokens) : _mm512_setzero_si512();
-    transpose16(w);
-  };
-  auto put = [&](int word, int channel, int count, __m512i codes) {
-    _mm512_mask_storeu_epi32(s.values + (word * d + channel) * 4, static_cast<__mmask16>((1u << count) - 1), codes);
-  };
-  __m512i w[16];
-  if (bits == 8) {
-    for (int first = 0; first < d; first += 16) {
-      columns(low + first * kTokens, 16, w);
-      for (int i = 0; i < 16; ++i) put(i, first, 16, _mm512_xor_si512(w[i], _mm512_set1_epi8(-128)));
-    }
-  } else if (bits == 4) {
-    for (int first = 0; first < d / 2; first += 16) {
-      const int count = std::min(16, d / 2 - first);
-      columns(low + first * kTokens, count, w);
-      const __m512i fifteen = _mm512_set1_epi8(15);
-      for (int i = 0; i < 16; ++i) {
-        put(i, first, count, lookup(_mm512_and_si512(w[i], fifteen), lut));
-        put(i, d / 2 + first, count, lookup(_mm512_and_si512(_mm512_srli_epi32(w[i], 4), fifteen), lut));
-      }
-    }
-  } else if (bits == 2) {
-    for (int first = 0; first < d / 4; first += 16) {
-      const int count = std::min(16, d / 4 - first);
-      columns(low + first * kTokens, count, w);
-      for (int i = 0; i < 16; ++i) {
-        const __m512i plain = _mm512_xor_si512(w[i], _mm512_set1_epi8(-128));
-        for (int field = 0; field < 4; ++field)
-          put(i, field * (d / 4) + first, count, lookup(_mm512_and_si512(_mm512_srli_epi32(plain, 2 * field), three), lut));
-      }
-    }
-  } else {
-    for (int channel = 0; channel < d; ++channel) {
-      const __m512i l = _mm512_loadu_si512(low + channel % (d / 4) * kTokens);
-      const __m512i h = _mm512_loadu_si512(high + channel % (d / 8) * kTokens);
-      const __m512i c = _mm512_and_si512(_mm512_srli_epi16(l, channel / (d / 4) * 2), three);
-      const __m512i b = _mm512_and_si512(_mm512_srli_epi16(h, channel / (d / 8)), _mm512_set1_epi8(1));
-      _mm512_store_si512(s.bytes + channel * kTokens, lookup(_mm512_or_si512(c, _mm512_slli_epi16(b, 2)), lut));
-    }
-    for (int first = 0; first < d; first += 16) {
-      columns(s.bytes + first * kTokens, 16, w);
-      for (int i = 0; i < 16; ++i) put(i, first, 16, w[i]);
-    }
-  }
-}
-#else
-void unpack_keys(const Format& f, const uint8_t* page, Scratch& s) { unpack_keys_plain(f, page, s); }
-void unpack_values(const Format& f, const uint8_t* page, Scratch& s) { unpack_values_plain(f, page, s); }
-#endif
 
 inline int32_t four(const int8_t* bytes) {
   int32_t word;
@@ -370,7 +94,7 @@ void packed_scores(const Context& c, Scratch& s, int row, const float* key_scale
   for (int block = 0; block < 4; block += 2) {
     IntVec high[N][2] = {}, low[N][2] = {};
     for (int group = 0; group < d / 4; ++group) {
-      const uint8_t* keys = s.keys + (group * kTokens + 16 * block) * 4;
+      const uint8_t* keys = s.tile.keys + (group * kTokens + 16 * block) * 4;
       for (int r = 0; r < N; ++r) {
         const int32_t h = four(s.query_high + (row + r) * d + 4 * group), l = four(s.query_low + (row + r) * d + 4 * group);
         for (int k = 0; k < 2; ++k) {
@@ -399,7 +123,7 @@ void packed_outputs(const Context& c, Scratch& s, int row) {
   for (int channel = 0; channel < d; channel += kLanes) {
     IntVec high[N] = {}, low[N] = {};
     for (int word = 0; word < kTokens / 4; ++word) {
-      const uint8_t* values = s.values + (word * d + channel) * 4;
+      const uint8_t* values = s.tile.values + (word * d + channel) * 4;
       for (int r = 0; r < N; ++r) {
         high[r] = dot_bytes(high[r], values, four(s.weight_high + (row + r) * kTokens + 4 * word));
         low[r] = dot_bytes(low[r], values, four(s.weight_low + (row + r) * kTokens + 4 * word));
@@ -434,7 +158,7 @@ void packed_tile(const Context& c, Scratch& s, int rows, const uint8_t* page, co
     key_scale[i] = valid[i] > 0 ? key_scale[i] : 0.0f;
     value_scale[i] = valid[i] > 0 ? value_scale[i] : 0.0f;
   }
-  unpack_keys(f, page, s);
+  unpack_keys(f, page, s.tile);
   for_rows(rows, [&](int row) { packed_scores<3>(c, s, row, key_scale); },
            [&](int row) { packed_scores<2>(c, s, row, key_scale); },
            [&](int row) { packed_scores<1>(c, s, row, key_scale); });
@@ -474,7 +198,7 @@ void packed_tile(const Context& c, Scratch& s, int rows, const uint8_t* page, co
     s.maximum[row] = maximum;
     s.sum[row] = s.sum[row] * rescale + sum_of(sum);
   }
-  unpack_values(f, page, s);
+  unpack_values(f, page, s.tile);
   for_rows(rows, [&](int row) { packed_outputs<3>(c, s, row); }, [&](int row) { packed_outputs<2>(c, s, row); },
            [&](int row) { packed_outputs<1>(c, s, row); });
 }
@@ -595,25 +319,14 @@ void load_queries(const Context& c, Scratch& s, const Task& task) {
   }
 }
 
-struct Request {
-  int64_t context;        // tokens before the chunk
-  const int32_t* exact_table;
-
-  template <typename Args>
-  bool is_exact(const Args& a, int64_t token) const {
-    if (!exact_table) return false;
-    if (token >= a.sink_tokens && !(a.residual_tokens > 0 && token > context - a.residual_tokens)) return false;
-    return exact_table[token / a.exact.block_size] > 0;
-  }
-};
-
 void run(const Context& c, Scratch& s, const Task& task, float* partials) {
   const AttendArgs& a = c.a;
   const Format& f = *a.format;
   const int d = c.d, rows = task.num_queries * c.group;
   const int64_t start = a.query_start[task.request];
-  const Request request{a.seq_lens[task.request] - a.query_lens[task.request],
-                        a.exact.data ? a.exact_table + task.request * a.exact_table_stride : nullptr};
+  const ExactRule rule{a.seq_lens[task.request] - a.query_lens[task.request],
+                       a.exact.data ? a.exact_table + task.request * a.exact_table_stride : nullptr, a.exact.block_size,
+                       a.residual_tokens, a.sink_tokens};
   load_queries(c, s, task);
 
   if (task.exact) {
@@ -623,18 +336,18 @@ void run(const Context& c, Scratch& s, const Task& task, float* partials) {
       tile.count = 0;
     };
     auto add_exact = [&](int64_t token) {
-      if (!request.is_exact(a, token)) return;
+      if (!rule.is_exact(token)) return;
       const int64_t rows_of_block = a.exact.block_size;
-      const uint8_t* at = a.exact.data + request.exact_table[token / rows_of_block] * a.exact.block_stride +
+      const uint8_t* at = a.exact.data + rule.table[token / rows_of_block] * a.exact.block_stride +
                           task.head * a.exact.head_stride + token % rows_of_block * a.exact.token_stride;
       tile.add(c, s, task.head, at, at + d * c.dtype_bytes);
       if (tile.count == kTokens) flush(kTokens);
     };
-    if (request.exact_table) {
-      const int64_t sinks = std::min<int64_t>(a.sink_tokens, request.context);
-      const int64_t window = a.residual_tokens > 0 ? std::max(sinks, request.context - a.residual_tokens + 1) : request.context;
+    if (rule.table) {
+      const int64_t sinks = std::min<int64_t>(a.sink_tokens, rule.context);
+      const int64_t window = a.residual_tokens > 0 ? std::max(sinks, rule.context - a.residual_tokens + 1) : rule.context;
       for (int64_t token = 0; token < sinks; ++token) add_exact(token);
-      for (int64_t token = window; token < request.context; ++token) add_exact(token);
+      for (int64_t token = window; token < rule.context; ++token) add_exact(token);
     }
     flush(kTokens);
     const int last = task.first_query + task.num_queries;
@@ -657,14 +370,14 @@ void run(const Context& c, Scratch& s, const Task& task, float* partials) {
     bool any = false;
     // most tiles lie between the sinks and the window, all of their tokens packed
     const int64_t first = t * kTokens;
-    const bool whole = first + kTokens <= request.context - std::max(0, a.residual_tokens) && first >= a.sink_tokens;
+    const bool whole = first + kTokens <= rule.context - std::max(0, a.residual_tokens) && first >= a.sink_tokens;
     if (whole) {
       for (int k = 0; k < kTokens; k += kLanes) save(valid + k, splat(1.0f));
       any = true;
     }
     for (int position = 0; !whole && position < kTokens; ++position) {
       const int64_t token = t * kTokens + token_at(position);
-      const bool packed = token < request.context && !request.is_exact(a, token);
+      const bool packed = token < rule.context && !rule.is_exact(token);
       valid[position] = packed ? 1.0f : 0.0f;
       any |= packed;
     }
@@ -719,62 +432,7 @@ void merge(const Context& c, Scratch& s, const Task* tasks, int64_t first, int64
   }
 }
 
-// One sub-page of one kv head, in rotated space: packed tokens as level * scale, exact ones rotated.
-void dequantize_tile(const DequantizeArgs& a, Scratch& s, int head, int64_t tile) {
-  const Format& f = *a.format;
-  const int d = f.head_size;
-  const int64_t bytes = element_bytes(a.dtype), first = a.first + tile * kTokens;
-  const int count = static_cast<int>(std::min<int64_t>(kTokens, a.first + a.count - first));
-  const Request request{a.context, a.exact.data ? a.exact_table : nullptr};
-  const uint8_t* page = a.cache.data + a.block_table[first / a.cache.block_size] * a.cache.block_stride +
-                        head * a.cache.head_stride + first % a.cache.block_size / kTokens * f.sub_page_bytes;
-  unpack_keys(f, page, s);
-  unpack_values(f, page, s);
-  alignas(64) float key_scale[kTokens], value_scale[kTokens];
-  load_floats(page + f.key_scale, kFloat16, kTokens, key_scale);
-  load_floats(page + f.value_scale, kFloat16, kTokens, value_scale);
-  const float orthonormal = 1.0f / std::sqrt(static_cast<float>(d));
-  auto save_row = [&](void* out, int t) {
-    store_floats(s.row, a.dtype, d, static_cast<char*>(out) + ((head * a.count + first - a.first + t) * d) * bytes);
-  };
-  for (int t = 0; t < count; ++t) {
-    if (request.is_exact(a, first + t)) {
-      const int64_t size = a.exact.block_size, token = first + t;
-      const uint8_t* at = a.exact.data + a.exact_table[token / size] * a.exact.block_stride + head * a.exact.head_stride +
-                          token % size * a.exact.token_stride;
-      for (int half = 0; half < 2; ++half) {
-        load_floats(at + half * d * bytes, a.dtype, d, s.row);
-        for (int i = 0; i < d; ++i) {
-          if (half == 0 && a.key_centre) s.row[i] -= a.key_centre[head * d + i];
-          s.row[i] *= f.signs[i] * orthonormal;
-        }
-        hadamard(s.row, s.row_scratch, d, f.outer_order, f.outer, false);
-        save_row(half == 0 ? a.keys : a.values, t);
-      }
-      continue;
-    }
-    const int position = position_of(t);
-    const float key_unit = key_scale[position] * f.key_step, value_unit = value_scale[position] * f.value_step;
-    for (int i = 0; i < d; ++i)
-      s.row[i] = (static_cast<float>(s.keys[(i / 4 * kTokens + position) * 4 + i % 4]) - 127.5f) * key_unit;
-    save_row(a.keys, t);
-    for (int i = 0; i < d; ++i)
-      s.row[i] = (static_cast<float>(s.values[(position / 4 * d + i) * 4 + position % 4]) - 127.5f) * value_unit;
-    save_row(a.values, t);
-  }
-}
 
-void fill_lut(int bits, const int8_t* levels, uint8_t* lut) {
-  for (int i = 0; i < 1 << bits; ++i) lut[i] = static_cast<uint8_t>(levels[i] + 128);
-}
-
-Scratch& thread_scratch(const Format& f) {
-  thread_local std::unique_ptr<Scratch> scratch;
-  if (!scratch) scratch.reset(new Scratch);
-  fill_lut(f.key_bits, f.key_levels, scratch->key_lut);
-  fill_lut(f.value_bits, f.value_levels, scratch->value_lut);
-  return *scratch;
-}
 
 }  // namespace
 }  // namespace pq
@@ -806,22 +464,14 @@ extern "C" void pq_attend(const pq::AttendArgs* args) {
   const std::unique_ptr<float[]> partials(new float[static_cast<size_t>(num_partials * kRows * (c.d + 2))]);
 #pragma omp parallel
   {
-    Scratch& scratch = thread_scratch(*a.format);
+    thread_local std::unique_ptr<Scratch> own;
+    if (!own) own.reset(new Scratch);
+    Scratch& scratch = *own;
+    scratch.tile.set_codebooks(*a.format);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < static_cast<int64_t>(tasks.size()); ++i) run(c, scratch, tasks[static_cast<size_t>(i)], partials.get());
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < static_cast<int64_t>(merges.size()); ++i)
       merge(c, scratch, tasks.data(), merges[static_cast<size_t>(i)].first, merges[static_cast<size_t>(i)].second, partials.get());
-  }
-}
-
-extern "C" void pq_dequantize(const pq::DequantizeArgs* args) {
-  const int64_t tiles = (args->count + pq::kTokens - 1) / pq::kTokens;
-#pragma omp parallel
-  {
-    pq::Scratch& scratch = pq::thread_scratch(*args->format);
-#pragma omp for schedule(static)
-    for (int64_t job = 0; job < tiles * args->num_kv_heads; ++job)
-      pq::dequantize_tile(*args, scratch, static_cast<int>(job / tiles), job % tiles);
   }
 }

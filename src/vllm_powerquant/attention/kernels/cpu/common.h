@@ -48,6 +48,20 @@ struct Rows {
   int64_t token_stride, head_stride;
 };
 
+// Which tokens of one request's context are read from its exact blocks: reference.exact_positions.
+struct ExactRule {
+  int64_t context;                   // tokens before the chunk
+  const int32_t* table;              // block ids, 0 = null block; null pointer: nothing is exact
+  int64_t block_size;
+  int32_t residual_tokens, sink_tokens;
+
+  bool is_exact(int64_t token) const {
+    if (!table) return false;
+    if (token >= sink_tokens && !(residual_tokens > 0 && token > context - residual_tokens)) return false;
+    return table[token / block_size] > 0;
+  }
+};
+
 inline int position_of(int token) { return 16 * ((token >> 1) & 3) + 2 * (token >> 3) + (token & 1); }
 inline int token_at(int position) {
   return ((position & 15) >> 1) << 3 | (position >> 4) << 1 | (position & 1);
