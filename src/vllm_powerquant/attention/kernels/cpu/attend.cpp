@@ -50,6 +50,7 @@ constexpr float kFixed = 32512.0f;   // 127 * 256: the high byte of a fixed-poin
 // What a thread works in. Aligned rows; sizes for the largest head.
 struct Scratch {
   PackedTile tile;
+  alignas(64) float exact_rows[kTokens * kMaxHeadSize];  // keys as they come
   alignas(64) float exact_keys[kMaxHeadSize * kTokens];  // [head_size][64 tokens]
   alignas(64) float exact_values[kTokens * kMaxHeadSize];
   alignas(64) float query[kRows * kMaxHeadSize];         // raw, times scale * log2(e)
@@ -211,14 +212,31 @@ struct ExactTile {
 
   void add(const Context& c, Scratch& s, int head, const void* key, const void* value) {
     const int d = c.d;
-    load_floats(key, c.a.dtype, d, s.row);
+    float* row = s.exact_rows + count * d;
+    load_floats(key, c.a.dtype, d, row);
     if (c.a.key_centre)
-      for (int i = 0; i < d; ++i) s.row[i] -= c.a.key_centre[head * d + i];
-    for (int i = 0; i < d; ++i) s.exact_keys[i * kTokens + count] = s.row[i];
+      for (int i = 0; i < d; ++i) row[i] -= c.a.key_centre[head * d + i];
     load_floats(value, c.a.dtype, d, s.exact_values + count * d);
     ++count;
   }
 };
+
+// exact_rows [count][head_size] -> exact_keys [head_size][64]; columns beyond count hold anything.
+void transpose_exact_keys(const Context& c, Scratch& s, int count) {
+  const int d = c.d;
+#ifdef PQ_AVX512
+  for (int token = 0; token < count; token += kLanes)
+    for (int channel = 0; channel < d; channel += kLanes) {
+      __m512i block[16];
+      for (int i = 0; i < kLanes; ++i) block[i] = _mm512_load_si512(s.exact_rows + (token + i) * d + channel);
+      transpose16(block);
+      for (int i = 0; i < kLanes; ++i) _mm512_store_si512(s.exact_keys + (channel + i) * kTokens + token, block[i]);
+    }
+#else
+  for (int token = 0; token < count; ++token)
+    for (int i = 0; i < d; ++i) s.exact_keys[i * kTokens + token] = s.exact_rows[token * d + i];
+#endif
+}
 
 template <int N>
 void exact_scores(const Context& c, Scratch& s, int row) {
@@ -250,6 +268,7 @@ void exact_outputs(const Context& c, Scratch& s, int row, int count) {
 
 // visible_from[query] .. : row of query token i sees the tile's first min(count, first_visible + i) tokens.
 void exact_tile(const Context& c, Scratch& s, int rows, int count, int first_visible) {
+  transpose_exact_keys(c, s, count);
   for_rows(rows, [&](int row) { exact_scores<3>(c, s, row); }, [&](int row) { exact_scores<2>(c, s, row); },
            [&](int row) { exact_scores<1>(c, s, row); });
   for (int row = 0; row < rows; ++row) {
