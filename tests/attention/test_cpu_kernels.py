@@ -78,7 +78,7 @@ def test_every_width(head_size, key_bits, value_bits):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 8, 16, 64, 71])
 def test_query_groups(group, dtype):
     batch = Batch(CacheFormat(64), [130, 1], [1, 2], 2, group, dtype)
     kernels = stored(batch)

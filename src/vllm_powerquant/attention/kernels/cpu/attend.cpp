@@ -68,7 +68,8 @@ struct Scratch {
 };
 
 struct Task {
-  int32_t request, head;
+  int32_t request, head;              // head: of keys and values
+  int32_t first_head, num_heads;      // query heads, at most kRows of them: row = query * num_heads + head
   int32_t first_query, num_queries;   // within the chunk
   int32_t first_tile, last_tile;      // of the packed context
   bool exact;                         // also the sinks, the residual window and the chunk
@@ -267,12 +268,12 @@ void exact_outputs(const Context& c, Scratch& s, int row, int count) {
 }
 
 // visible_from[query] .. : row of query token i sees the tile's first min(count, first_visible + i) tokens.
-void exact_tile(const Context& c, Scratch& s, int rows, int count, int first_visible) {
+void exact_tile(const Context& c, Scratch& s, int rows, int num_heads, int count, int first_visible) {
   transpose_exact_keys(c, s, count);
   for_rows(rows, [&](int row) { exact_scores<3>(c, s, row); }, [&](int row) { exact_scores<2>(c, s, row); },
            [&](int row) { exact_scores<1>(c, s, row); });
   for (int row = 0; row < rows; ++row) {
-    const int seen = std::max(0, std::min(count, first_visible + row / c.group));
+    const int seen = std::max(0, std::min(count, first_visible + row / num_heads));
     float* scores = s.scores + row * kTokens;
     Vec x[4], top = splat(s.maximum[row]);
     for (int k = 0; k < 4; ++k) {
@@ -309,10 +310,10 @@ void load_queries(const Context& c, Scratch& s, const Task& task) {
   const Format& f = *c.a.format;
   const int d = c.d;
   const float unit = c.a.scale * kLog2E, orthonormal = 1.0f / std::sqrt(static_cast<float>(d));
-  for (int row = 0; row < task.num_queries * c.group; ++row) {
-    const int64_t token = c.a.query_start[task.request] + task.first_query + row / c.group;
+  for (int row = 0; row < task.num_queries * task.num_heads; ++row) {
+    const int64_t token = c.a.query_start[task.request] + task.first_query + row / task.num_heads;
     float* q = s.query + row * d;
-    load_floats(raw_row(c, c.a.query, token, task.head * c.group + row % c.group), c.a.dtype, d, q);
+    load_floats(raw_row(c, c.a.query, token, task.first_head + row % task.num_heads), c.a.dtype, d, q);
     for (int i = 0; i < d; ++i) {
       s.row[i] = q[i] * f.signs[i];
       q[i] *= unit;
@@ -341,7 +342,7 @@ void load_queries(const Context& c, Scratch& s, const Task& task) {
 void run(const Context& c, Scratch& s, const Task& task, float* partials) {
   const AttendArgs& a = c.a;
   const Format& f = *a.format;
-  const int d = c.d, rows = task.num_queries * c.group;
+  const int d = c.d, rows = task.num_queries * task.num_heads;
   const int64_t start = a.query_start[task.request];
   const ExactRule rule{a.seq_lens[task.request] - a.query_lens[task.request],
                        a.exact.data ? a.exact_table + task.request * a.exact_table_stride : nullptr, a.exact.block_size,
@@ -351,7 +352,7 @@ void run(const Context& c, Scratch& s, const Task& task, float* partials) {
   if (task.exact) {
     ExactTile tile;
     auto flush = [&](int first_visible) {
-      if (tile.count) exact_tile(c, s, rows, tile.count, first_visible);
+      if (tile.count) exact_tile(c, s, rows, task.num_heads, tile.count, first_visible);
       tile.count = 0;
     };
     auto add_exact = [&](int64_t token) {
@@ -421,7 +422,7 @@ void run(const Context& c, Scratch& s, const Task& task, float* partials) {
     } else {
       const float inverse = 1.0f / s.sum[row];
       for (int i = 0; i < d; ++i) s.row[i] *= inverse;
-      const int64_t token = start + task.first_query + row / c.group, head = task.head * c.group + row % c.group;
+      const int64_t token = start + task.first_query + row / task.num_heads, head = task.first_head + row % task.num_heads;
       store_floats(s.row, a.dtype, d,
                    static_cast<char*>(a.out) + (token * a.out_token_stride + head * a.out_head_stride) * c.dtype_bytes);
     }
@@ -433,7 +434,7 @@ void merge(const Context& c, Scratch& s, const Task* tasks, int64_t first, int64
   const AttendArgs& a = c.a;
   const Task& task = tasks[first];
   const int d = c.d;
-  for (int row = 0; row < task.num_queries * c.group; ++row) {
+  for (int row = 0; row < task.num_queries * task.num_heads; ++row) {
     auto partial = [&](int64_t i) { return partials + (tasks[i].partial * kRows + row) * (d + 2); };
     float top = kMasked, sum = 0.0f;
     for (int64_t i = first; i < last; ++i) top = std::max(top, partial(i)[d]);
@@ -444,8 +445,8 @@ void merge(const Context& c, Scratch& s, const Task* tasks, int64_t first, int64
       for (int k = 0; k < d; ++k) s.row[k] += weight * partial(i)[k];
     }
     for (int k = 0; k < d; ++k) s.row[k] /= sum;
-    const int64_t token = a.query_start[task.request] + task.first_query + row / c.group;
-    const int64_t head = task.head * c.group + row % c.group;
+    const int64_t token = a.query_start[task.request] + task.first_query + row / task.num_heads;
+    const int64_t head = task.first_head + row % task.num_heads;
     store_floats(s.row, a.dtype, d,
                  static_cast<char*>(a.out) + (token * a.out_token_stride + head * a.out_head_stride) * c.dtype_bytes);
   }
@@ -460,7 +461,7 @@ extern "C" void pq_attend(const pq::AttendArgs* args) {
   using namespace pq;
   const AttendArgs& a = *args;
   const Context c{a, a.format->head_size, a.num_heads / a.num_kv_heads, element_bytes(a.dtype)};
-  const int block_queries = std::max(1, kRows / c.group);
+  const int block_heads = std::min(c.group, kRows), block_queries = kRows / block_heads;
   std::vector<Task> tasks;
   std::vector<std::pair<int64_t, int64_t>> merges;
   int64_t num_partials = 0;
@@ -469,16 +470,21 @@ extern "C" void pq_attend(const pq::AttendArgs* args) {
     const int64_t context = a.seq_lens[r] - queries;
     const int32_t tiles = a.cache.data ? static_cast<int32_t>((context + kTokens - 1) / kTokens) : 0;
     const int32_t runs = queries <= block_queries ? std::max(1, (tiles + kRunTiles - 1) / kRunTiles) : 1;
-    for (int32_t head = 0; head < a.num_kv_heads; ++head)
+    int32_t heads;
+    for (int32_t first_head = 0; first_head < a.num_heads; first_head += heads) {
+      // the last block of a group may be smaller
+      const int32_t head = first_head / c.group;
+      heads = std::min(block_heads, (head + 1) * c.group - first_head);
       for (int32_t q = 0; q < queries; q += block_queries) {
         const int64_t first = static_cast<int64_t>(tasks.size());
         for (int32_t i = 0; i < runs; ++i)
-          tasks.push_back({r, head, q, std::min(block_queries, queries - q),
+          tasks.push_back({r, head, first_head, heads, q, std::min(block_queries, queries - q),
                            static_cast<int32_t>(static_cast<int64_t>(tiles) * i / runs),
                            static_cast<int32_t>(static_cast<int64_t>(tiles) * (i + 1) / runs), i == runs - 1,
                            runs > 1 ? num_partials++ : -1});
         if (runs > 1) merges.emplace_back(first, first + runs);
       }
+    }
   }
   const std::unique_ptr<float[]> partials(new float[static_cast<size_t>(num_partials * kRows * (c.d + 2))]);
 #pragma omp parallel
