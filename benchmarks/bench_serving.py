@@ -3,7 +3,8 @@
     python benchmarks/bench_serving.py [--model PATH] [--requests 8] [--contexts 1024 4096] [--rounds 5]
 
 Each backend is an engine in a process of its own. They take turns, round by round, on the same prompts; only steps in which
-every request decodes one token are timed. What counts on a shared machine is the ratio within one round.
+every request decodes one token are timed. Start-ups (process start to ready, compiled kernels in the cache) are timed first, in
+turns as well. What counts on a shared machine is the ratio within one round.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 PROVIDERS = {"cpu_attn": None, "powerquant": "POWERQUANT"}
 
@@ -27,6 +30,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=24, help="decode steps timed in a round")
+    parser.add_argument("--starts", type=int, default=3, help="start-ups timed for each backend")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -35,6 +39,13 @@ def main() -> None:
         from vllm_powerquant.model import prepare_model
 
         args.model = str(prepare_model())
+    starts = {name: [] for name in PROVIDERS}
+    for _ in range(args.starts):
+        for name in PROVIDERS:
+            begin = time.perf_counter()
+            engine = start(name, args)
+            starts[name].append(time.perf_counter() - begin)
+            stop(engine)
     engines = {name: start(name, args) for name in PROVIDERS}
     import torch
     import vllm
@@ -49,18 +60,24 @@ def main() -> None:
             for name, engine in engines.items():
                 rates[name].append(ask(engine, context))
         ratios = [ours / stock for ours, stock in zip(rates["powerquant"], rates["cpu_attn"], strict=True)]
-        row = {**rates, "powerquant / cpu_attn": ratios}
-        cells = [f"{name} {statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for name, x in row.items()]
-        print(f"context {context}: " + ", ".join(cells), flush=True)
+        print(f"context {context}: " + cells({**rates, "powerquant / cpu_attn": ratios}), flush=True)
     for engine in engines.values():
-        engine.stdin.close()
-        engine.wait()
+        stop(engine)
+
+
+def cells(rows: dict[str, list[float]]) -> str:
+    return ", ".join(f"{name} {statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for name, x in rows.items())
+
+
+def stop(engine: subprocess.Popen) -> None:
+    engine.stdin.close()
+    engine.wait()
 
 
 def start(name: str, args: argparse.Namespace) -> subprocess.Popen:
     command = [sys.executable, __file__, "--worker", name, "--model", args.model, "--requests", str(args.requests)]
     command += ["--steps", str(args.steps), "--contexts", *map(str, args.contexts)]
-    log = open(f"/tmp/bench_serving.{name}.{os.getpid()}.log", "w")
+    log = open(Path(tempfile.gettempdir()) / f"bench_serving.{name}.{os.getpid()}.log", "w")
     engine = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
     while (line := engine.stdout.readline()) and not line.startswith("READY"):
         log.write(line)

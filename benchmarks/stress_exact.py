@@ -6,9 +6,9 @@ n-gram speculative decoding and many preemptions at once.
 At every step, in three layers, each residual and sink row that attention reads exactly is quantized again and compared with
 the bytes of its packed copy. Prints one JSON line; exit code 1 if a row differs or a block is lost.
 
-One difference is allowed for and counted apart: rows of a request's first block. A prefix-cache hit takes the packed block and
-the exact one by hash, and where several requests computed the same tokens, in other batches and so with other rounding, the two
-may come from two of them. There at most 5 % of the codes may differ.
+One difference is allowed for and counted apart: rows of a request's first block. A prefix-cache hit takes the packed block
+and the exact one by hash, and where several requests computed the same tokens, in other batches and so with other rounding,
+the two may come from two of them. There at most 5 % of the codes may differ.
 """
 
 from __future__ import annotations
