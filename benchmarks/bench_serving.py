@@ -3,8 +3,8 @@
     python benchmarks/bench_serving.py [--model PATH] [--requests 8] [--contexts 1024 4096] [--rounds 5]
 
 Each backend is an engine in a process of its own. They take turns, round by round, on the same prompts; only steps in which
-every request decodes one token are timed. Start-ups (process start to ready, compiled kernels in the cache) are timed first, in
-turns as well. What counts on a shared machine is the ratio within one round.
+every request decodes one token are timed. Start-ups (process start to ready, compiled kernels in the cache) are timed first,
+in turns as well. What counts on a shared machine is the ratio within one round.
 """
 
 from __future__ import annotations

@@ -57,9 +57,8 @@ def main() -> None:
     stock = run({**job, "backend": None})
     want = stock["logprobs"][0]
     again = compare(want, stock["logprobs"][1])
-    print(
-        f"{'bf16 after a prefix-cache hit':32} top-1 {again[0]:7.2%}  KL {again[1].mean():.5f}  hits {stock['cached'][1].sum()}"
-    )
+    name, hits = "bf16 after a prefix-cache hit", stock["cached"][1].sum()
+    print(f"{name:32} top-1 {again[0]:7.2%}  KL {again[1].mean():.5f}  hits {hits}")
     for name, environment in CONFIGURATIONS.items():
         got = run({**job, "backend": "POWERQUANT", "environment": environment})
         (top, kl), (hit_top, hit_kl) = compare(want, got["logprobs"][0]), compare(want, got["logprobs"][1])
