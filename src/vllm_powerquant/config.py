@@ -75,7 +75,10 @@ class PowerQuantConfig:
         "newest tokens of a request also kept in 16 bits; 0 switches this off",
     )
     residual_block_size: int = _option(
-        16, "POWERQUANT_RESIDUAL_BLOCK_SIZE", OneOf((8, 16, 32, 64)), "tokens of one 16-bit block"
+        16,
+        "POWERQUANT_RESIDUAL_BLOCK_SIZE",
+        OneOf((8, 16, 32, 64)),
+        "tokens of one 16-bit block; 16 fits the memory of a packed block best",
     )
     sink_tokens: int = _option(
         4,
@@ -84,7 +87,7 @@ class PowerQuantConfig:
         "first tokens of a request also kept in 16 bits; 0 switches this off",
     )
     protected_layers: int = _option(
-        0, "POWERQUANT_PROTECTED_LAYERS", Between(0), "first N and last N layers left uncompressed in bf16"
+        0, "POWERQUANT_PROTECTED_LAYERS", Between(0), "first N and last N layers kept in the model's own type"
     )
 
     def __post_init__(self) -> None:

@@ -231,6 +231,12 @@ REFUSED_ARGUMENTS = {
         PowerQuantUnsupportedError,
         "got 0; use POWERQUANT_PROTECTED_LAYERS",
     ),
+    "protected-cache-dtype": (
+        LLAMA,
+        {"kv_cache_dtype": "float16", "additional_config": {"powerquant": {"protected_layers": 1}}},
+        PowerQuantConfigError,
+        "the model's own type, bfloat16, got --kv-cache-dtype float16",
+    ),
     "block-16": (LLAMA, {"block_size": 16}, PowerQuantConfigError, "--block-size must be a multiple of 64 .* got 16"),
     "block-96": (LLAMA, {"block_size": 96}, PowerQuantConfigError, "--block-size must be a multiple of 64 .* got 96"),
     "no-hybrid-manager": (

@@ -78,7 +78,7 @@ def test_every_width(head_size, key_bits, value_bits):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 8, 16, 64, 71])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 8, 16, 64, 65, 71])
 def test_query_groups(group, dtype):
     batch = Batch(CacheFormat(64), [130, 1], [1, 2], 2, group, dtype)
     kernels = stored(batch)
@@ -261,6 +261,40 @@ def test_missing_compiler_is_named(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(cpu_build.KernelBuildError, match="CXX=no-such-compiler was not found; install one"):
         cpu_build.find_compiler()
+
+
+def test_library_is_made_once_and_again_when_damaged(tmp_path, monkeypatch):
+    monkeypatch.setenv("POWERQUANT_CACHE_DIR", str(tmp_path))
+    build = cpu_build.build.__wrapped__
+    library = build()
+    assert library.parent == tmp_path / "kernels" and len(list(library.parent.iterdir())) == 2
+    whole = library.read_bytes()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build() == library  # no compiler is needed once it is there
+    library.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(cpu_build.KernelBuildError, match="no-such-compiler"):
+        build()
+    monkeypatch.delenv("CXX")
+    build()
+    assert library.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "compiler, message",
+    [("true", "compiling POWERQUANT's CPU kernels failed"), ("false", "failed"), ("g++ '", "must be a command")],
+)
+def test_bad_compiler_is_one_clear_error(compiler, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("POWERQUANT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(cpu_build.KernelBuildError, match=message):
+        cpu_build.build.__wrapped__()
+
+
+def test_cache_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("POWERQUANT_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(cpu_build.KernelBuildError, match="set POWERQUANT_CACHE_DIR to a folder that can be written"):
+        cpu_build.build.__wrapped__()
 
 
 def test_portable_kernels_agree(tmp_path, monkeypatch):

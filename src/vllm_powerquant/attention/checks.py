@@ -198,6 +198,12 @@ def _check_cache(vllm_config, config) -> None:
             f"--kv-cache-dtype must be {', '.join(allowed[:-1])} or {allowed[-1]} with POWERQUANT, which packs the cache "
             f"itself, got {asked}; use --kv-cache-dtype bfloat16"
         )
+    model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    if config.protected_layers and cache.cache_dtype not in ("auto", model_dtype):
+        raise PowerQuantConfigError(
+            f"protected layers keep their cache in the model's own type, {model_dtype}, got --kv-cache-dtype "
+            f"{cache.cache_dtype}; leave that out, or set POWERQUANT_PROTECTED_LAYERS=0"
+        )
     if cache.kv_cache_dtype_skip_layers:
         raise PowerQuantUnsupportedError(
             f"POWERQUANT has no --kv-cache-dtype-skip-layers, got {' '.join(cache.kv_cache_dtype_skip_layers)}; "

@@ -73,7 +73,7 @@ struct Task {
   int32_t first_query, num_queries;   // within the chunk
   int32_t first_tile, last_tile;      // of the packed context
   bool exact;                         // also the sinks, the residual window and the chunk
-  int64_t partial;                    // index of its partial result, or -1: writes the output
+  int64_t partial;                    // first row of its partial results, or -1: writes the output
 };
 
 struct Context {
@@ -415,7 +415,7 @@ void run(const Context& c, Scratch& s, const Task& task, float* partials) {
     float* exact = s.exact_out + row * d;
     for (int i = 0; i < d; ++i) s.row[i] = s.row[i] * f.signs[i] * orthonormal + exact[i];
     if (task.partial >= 0) {
-      float* out = partials + (task.partial * kRows + row) * (d + 2);
+      float* out = partials + (task.partial + row) * (d + 2);
       std::memcpy(out, s.row, static_cast<size_t>(d) * 4);
       out[d] = s.maximum[row];
       out[d + 1] = s.sum[row];
@@ -435,7 +435,7 @@ void merge(const Context& c, Scratch& s, const Task* tasks, int64_t first, int64
   const Task& task = tasks[first];
   const int d = c.d;
   for (int row = 0; row < task.num_queries * task.num_heads; ++row) {
-    auto partial = [&](int64_t i) { return partials + (tasks[i].partial * kRows + row) * (d + 2); };
+    auto partial = [&](int64_t i) { return partials + (tasks[i].partial + row) * (d + 2); };
     float top = kMasked, sum = 0.0f;
     for (int64_t i = first; i < last; ++i) top = std::max(top, partial(i)[d]);
     std::fill(s.row, s.row + d, 0.0f);
@@ -464,7 +464,7 @@ extern "C" void pq_attend(const pq::AttendArgs* args) {
   const int block_heads = std::min(c.group, kRows), block_queries = kRows / block_heads;
   std::vector<Task> tasks;
   std::vector<std::pair<int64_t, int64_t>> merges;
-  int64_t num_partials = 0;
+  int64_t partial_rows = 0;
   for (int32_t r = 0; r < a.num_requests; ++r) {
     const int32_t queries = a.query_lens[r];
     const int64_t context = a.seq_lens[r] - queries;
@@ -477,16 +477,19 @@ extern "C" void pq_attend(const pq::AttendArgs* args) {
       heads = std::min(block_heads, (head + 1) * c.group - first_head);
       for (int32_t q = 0; q < queries; q += block_queries) {
         const int64_t first = static_cast<int64_t>(tasks.size());
-        for (int32_t i = 0; i < runs; ++i)
-          tasks.push_back({r, head, first_head, heads, q, std::min(block_queries, queries - q),
+        const int32_t count = std::min(block_queries, queries - q);
+        for (int32_t i = 0; i < runs; ++i) {
+          tasks.push_back({r, head, first_head, heads, q, count,
                            static_cast<int32_t>(static_cast<int64_t>(tiles) * i / runs),
                            static_cast<int32_t>(static_cast<int64_t>(tiles) * (i + 1) / runs), i == runs - 1,
-                           runs > 1 ? num_partials++ : -1});
+                           runs > 1 ? partial_rows : -1});
+          if (runs > 1) partial_rows += count * heads;
+        }
         if (runs > 1) merges.emplace_back(first, first + runs);
       }
     }
   }
-  const std::unique_ptr<float[]> partials(new float[static_cast<size_t>(num_partials * kRows * (c.d + 2))]);
+  const std::unique_ptr<float[]> partials(new float[static_cast<size_t>(partial_rows * (c.d + 2))]);
 #pragma omp parallel
   {
     thread_local std::unique_ptr<Scratch> own;
