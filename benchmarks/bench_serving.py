@@ -51,6 +51,8 @@ def main() -> None:
     import vllm
 
     print(f"vLLM {vllm.__version__}, torch {torch.__version__}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}")
+    if args.starts:
+        print("start-up, s, median (min to max): " + cells(starts), flush=True)
     print(
         f"{args.requests} requests, {args.steps} decode steps a round, {args.rounds} rounds; tokens/s, median (min to max)"
     )
