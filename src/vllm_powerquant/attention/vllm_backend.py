@@ -212,6 +212,7 @@ class PowerQuantImpl(AttentionImpl):
             layer.attn_backend = ProtectedBackend
             return
         layer.attn_backend = packed_backend(self.config)
+        self.kernels.workspace(self.num_kv_heads, self._vllm_config.model_config.dtype)
         if self.config.residual_tokens or self.config.sink_tokens:
             self.exact_layer = ExactCache(
                 f"{name}.exact", ExactBackend, self.num_kv_heads, self.head_size, self.config, self._vllm_config

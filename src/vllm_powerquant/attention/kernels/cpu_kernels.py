@@ -345,6 +345,13 @@ class CpuKernels:
         total, _ = _join(total @ matrix, total_log_sum, own.float(), log_sum)
         out.copy_(total.transpose(0, 1))
 
+    def workspace(self, num_kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
+        """Where contexts are dequantized, shared by all layers of a shape: [2, num_kv_heads * SEGMENT_TOKENS * head_size].
+
+        Made and touched on first use; vLLM counts what is resident once the model is loaded, so call this before.
+        """
+        return _workspace(num_kv_heads * SEGMENT_TOKENS * self.format.head_size, dtype)
+
     def dequantize(
         self,
         cache: torch.Tensor,
@@ -360,10 +367,11 @@ class CpuKernels:
         """Tokens first .. first + count of one request's context, exact ones from their blocks, in rotated space.
 
         Args:    first a multiple of 64; block_table, exact_block_table [blocks] int32 of this request
-        Returns: keys, values [num_kv_heads, count, head_size] of dtype
+        Returns: keys, values [num_kv_heads, count, head_size] of dtype, in the shared workspace: valid until the next call
         """
-        keys = torch.empty(cache.shape[1], count, self.format.head_size, dtype=dtype)
-        values = torch.empty_like(keys)
+        keys, values = self.workspace(cache.shape[1], dtype)[:, : cache.shape[1] * count * self.format.head_size].view(
+            2, cache.shape[1], count, self.format.head_size
+        )
         arguments = _DequantizeArgs(
             format=ctypes.pointer(self._format),
             cache=self._packed(cache),
@@ -395,6 +403,11 @@ class CpuKernels:
             )
         self.format.layout.page_bytes(cache.shape[2])
         return _Pages(cache.data_ptr(), cache.stride(0), cache.stride(1), 0, cache.shape[2])
+
+
+@functools.cache
+def _workspace(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(2, elements, dtype=dtype, device="cpu").fill_(0)
 
 
 def _flash(query, key, value, scale, causal) -> tuple[torch.Tensor, torch.Tensor]:
