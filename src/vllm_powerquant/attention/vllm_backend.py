@@ -75,8 +75,8 @@ class PowerQuantBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple:
-        # block outermost, so that groups of unlike page sizes share the pool unpadded; heads before tokens, so that a kv
-        # head's page is contiguous
+        # block outermost, so that packed pages need no padding to the size of exact ones beside them in the pool; heads
+        # before tokens, so that a kv head's page is contiguous
         return (KVCacheLayout.BLHNC,)
 
     @classmethod
