@@ -34,7 +34,7 @@ class ForceTokens(AdapterLogitsProcessor):
 
         def force(output_ids, logits):
             # a chunk of an unfinished prompt comes by here too and is discarded: the prompt's last one is kept
-            rows[len(output_ids)] = logits.float().log_softmax(-1).numpy().copy()
+            rows[len(output_ids)] = logits.float().log_softmax(-1).cpu().numpy().copy()
             logits.fill_(float("-inf"))
             logits[forced[len(output_ids)]] = 0.0
             return logits
@@ -46,7 +46,10 @@ def texts(tokenizer, prompts: int, prompt_tokens: int, positions: int) -> list[l
     """Token ids [prompts][prompt_tokens + positions] from the source of Python's standard library."""
     rows = []
     for i in range(prompts):
-        source = inspect.getsource(__import__(MODULES[i % len(MODULES)]))
+        name = MODULES[i % len(MODULES)]
+        if name == "datetime" and sys.version_info >= (3, 12):
+            name = "_pydatetime"  # where its source has moved
+        source = inspect.getsource(__import__(name))
         ids = tokenizer.encode(source)
         start = 400 * (i // len(MODULES))
         rows.append(ids[start : start + prompt_tokens + positions])
@@ -66,6 +69,8 @@ def run(job: dict) -> dict[str, np.ndarray]:
         path.write_text(json.dumps({**job, "out": str(Path(folder) / "out.npz")}))
         environment = {k: v for k, v in os.environ.items() if not k.startswith("POWERQUANT_") or k == "POWERQUANT_CACHE_DIR"}
         environment |= job.get("environment", {}) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        # ForceTokens is of the kind that the V1 model runner takes
+        environment |= {"VLLM_USE_V2_MODEL_RUNNER": "0"}
         result = subprocess.run([sys.executable, __file__, str(path)], env=environment, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"the engine failed:\n{result.stderr[-3000:]}")
@@ -80,9 +85,12 @@ def _worker(job: dict) -> None:
         job["model"],
         attention_backend=job.get("backend"),
         logits_processors=[ForceTokens],
-        enforce_eager=True,
-        kv_cache_memory_bytes=512 << 20,
-        **{"max_model_len": job["prompt_tokens"] + job["positions"] + 8, **job.get("engine", {})},
+        **{
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": 512 << 20,
+            "max_model_len": job["prompt_tokens"] + job["positions"] + 8,
+            **job.get("engine", {}),
+        },
     )
     rows = texts(llm.get_tokenizer(), job["prompts"], job["prompt_tokens"], job["positions"])
     prompts = [{"prompt_token_ids": row[: job["prompt_tokens"]]} for row in rows]

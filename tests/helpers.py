@@ -9,6 +9,9 @@ import torch
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.kernels.cpu_kernels import BatchPlan, ExactBlocks
 
+# Where the Triton kernels' tests put their tensors; without a GPU they run in Triton's interpreter (conftest.py).
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 # Kernel against the float64 reference on the same bytes. Fixed point (15 bits) leaves 1e-4 or so; fp16 outputs 2e-4,
 # bf16 outputs 2e-3.
 ARITHMETIC_LIMIT = {torch.float32: 4e-4, torch.float16: 6e-4, torch.bfloat16: 2.5e-3}

@@ -39,7 +39,8 @@ def job(model) -> dict:
         "prompt_tokens": 400,
         "positions": 16,
         "passes": 2,
-        "engine": {"max_num_batched_tokens": 256},
+        # our block size for both: the same prefix-cache hits
+        "engine": {"max_num_batched_tokens": 256, "block_size": 128},
     }
 
 

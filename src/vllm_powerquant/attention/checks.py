@@ -14,6 +14,7 @@ from ..config import options
 from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
 
 _LEAVE_OUT = "leave out --attention-backend to serve it with vLLM's default backend"
+DEFAULT_BLOCK_SIZE = 128
 # Methods that draft without attention layers of their own.
 _DRAFTERS = ("ngram", "suffix")
 
@@ -32,6 +33,9 @@ def install(name: str) -> None:
         check_additional_config(self.additional_config, asked)
         if asked:
             check_arguments(self)
+            if self.block_size is None:
+                # vLLM's own choice would be the smallest size that packed and exact blocks share
+                self.block_size = DEFAULT_BLOCK_SIZE
         vllm_config = stock(self, *args, **kwargs)
         speculative = vllm_config.speculative_config
         drafter = speculative.attention_backend if speculative else None
@@ -85,20 +89,22 @@ def check_engine(vllm_config) -> None:
     """Raises PowerQuantConfigError or PowerQuantUnsupportedError naming what was asked for and what to do instead."""
     from vllm.platforms import current_platform
 
-    from .kernels.cpu_build import build
     from .rotation import check_head_size
     from .vllm_backend import config_of
 
     config = config_of(vllm_config)
-    if not current_platform.is_cpu():
+    if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
         raise PowerQuantUnsupportedError(
-            f"POWERQUANT runs on vLLM's CPU build only, this is {current_platform.device_name}; {_LEAVE_OUT}"
+            f"POWERQUANT runs on NVIDIA and AMD GPUs and on CPUs, this is {current_platform.device_name}; {_LEAVE_OUT}"
         )
     _check_backends(vllm_config)
     _check_model(vllm_config.model_config)
     check_head_size(vllm_config.model_config.get_head_size())
     _check_cache(vllm_config, config)
-    build()
+    if current_platform.is_cpu():
+        from .kernels.cpu_build import build
+
+        build()
     # processes that vLLM starts may make the configuration once more
     if multiprocessing.parent_process() is None:
         _log_cache(vllm_config.model_config, config)

@@ -10,15 +10,17 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -34,6 +36,11 @@ from .kernels.cpu_kernels import BatchPlan, CpuKernels, ExactBlocks
 from .layout import SUB_PAGE_TOKENS
 from .residual import ExactCache
 from .rotation import SUPPORTED_HEAD_SIZES, check_head_size
+
+if TYPE_CHECKING:
+    from .kernels.gpu_kernels import GpuKernels
+    from .kernels.prefill import Workspace
+    from .kernels.step import StepPlan
 
 logger = init_logger(__name__)
 
@@ -118,6 +125,10 @@ class ExactBackend(PowerQuantBackend):
     """The exact blocks of a packed layer."""
 
     @staticmethod
+    def get_builder_cls() -> type[ExactMetadataBuilder]:
+        return ExactMetadataBuilder
+
+    @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list:
         return [MultipleOf(1)]
 
@@ -128,16 +139,22 @@ class ExactBackend(PowerQuantBackend):
 
 @dataclass
 class PowerQuantMetadata(AttentionMetadata):
-    """One step's batch; exact blocks have one of their own with their block table."""
+    """One step's batch; exact blocks have one of their own with their block table and no plan."""
 
     num_actual_tokens: int
-    plan: BatchPlan
+    plan: BatchPlan | StepPlan | None
     block_table: torch.Tensor  # [num_reqs, max_blocks] int32
 
 
 class PowerQuantMetadataBuilder(AttentionMetadataBuilder[PowerQuantMetadata]):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if device.type != "cpu":
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
+        return AttentionCGSupport.NEVER if current_platform.is_cpu() else AttentionCGSupport.UNIFORM_BATCH
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> PowerQuantMetadata:
         common = common_attn_metadata
@@ -146,10 +163,40 @@ class PowerQuantMetadataBuilder(AttentionMetadataBuilder[PowerQuantMetadata]):
                 "POWERQUANT attends causally only; leave out --attention-backend for this model"
             )
         return PowerQuantMetadata(
-            num_actual_tokens=common.num_actual_tokens,
-            plan=BatchPlan.of(common.query_start_loc, common.seq_lens, common.max_query_len),
-            block_table=common.block_table_tensor,
+            num_actual_tokens=common.num_actual_tokens, plan=self._plan(common), block_table=common.block_table_tensor
         )
+
+    def _plan(self, common) -> BatchPlan | StepPlan | None:
+        if self.device.type == "cpu":
+            return BatchPlan.of(common.query_start_loc, common.seq_lens, common.max_query_len)
+        from .kernels.step import StepPlan
+
+        upper = common.seq_lens_cpu_upper_bound
+        return StepPlan.of(
+            common.query_start_loc,
+            common.seq_lens,
+            common.query_start_loc_cpu.diff().tolist(),
+            [common.max_seq_len] * common.num_reqs if upper is None else upper.tolist(),
+            self.reorder_batch_threshold,
+            _workspace(self.vllm_config, self.device),
+        )
+
+
+class ExactMetadataBuilder(PowerQuantMetadataBuilder):
+    """Of exact blocks, whose layers are attended with their packed layer: the block table is all there is."""
+
+    def _plan(self, common) -> None:
+        return None
+
+
+def _workspace(vllm_config: VllmConfig, device: torch.device) -> Workspace:
+    """Where the engine's chunks are attended on a GPU; made when weights are loaded, before vLLM measures memory."""
+    from .kernels.prefill import DEFAULT_CAPACITY, Workspace
+
+    model = vllm_config.model_config
+    most = min(DEFAULT_CAPACITY, vllm_config.scheduler_config.max_num_seqs * model.max_model_len)
+    heads = model.get_num_kv_heads(vllm_config.parallel_config)
+    return Workspace.of(heads, model.get_head_size(), model.dtype, device, most)
 
 
 class PowerQuantImpl(AttentionImpl):
@@ -193,7 +240,20 @@ class PowerQuantImpl(AttentionImpl):
         self.exact_layer: ExactCache | None = None
         self.is_protected = False
         self.key_centre: torch.Tensor | None = None  # [num_kv_heads, head_size] fp32
-        self.kernels = CpuKernels(CacheFormat(head_size, self.config.key_bits, self.config.value_bits))
+        self.kernels = self._make_kernels(CacheFormat(head_size, self.config.key_bits, self.config.value_bits))
+
+    def _make_kernels(self, cache_format: CacheFormat) -> CpuKernels | GpuKernels:
+        if current_platform.is_cpu():
+            return CpuKernels(cache_format)
+        from .kernels.gpu_kernels import GpuKernels
+
+        speculative = self._vllm_config.speculative_config
+        queries = 1 + (speculative.num_speculative_tokens if speculative else 0)
+        device = torch.device(current_platform.device_type, torch.accelerator.current_device_index())
+        # a CUDA graph's batch is padded to the size it was captured with
+        most = self._vllm_config.scheduler_config.max_num_seqs
+        most = max(most, self._vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+        return GpuKernels(cache_format, self.num_heads, self.num_kv_heads, most, device, queries)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Called once for every layer before vLLM asks for its cache's spec."""
@@ -212,7 +272,10 @@ class PowerQuantImpl(AttentionImpl):
             layer.attn_backend = ProtectedBackend
             return
         layer.attn_backend = packed_backend(self.config)
-        self.kernels.workspace(self.num_kv_heads, self._vllm_config.model_config.dtype)
+        if current_platform.is_cpu():
+            self.kernels.workspace(self.num_kv_heads, self._vllm_config.model_config.dtype)
+        else:
+            _workspace(self._vllm_config, self.kernels.device)
         if self.config.residual_tokens or self.config.sink_tokens:
             self.exact_layer = ExactCache(
                 f"{name}.exact", ExactBackend, self.num_kv_heads, self.head_size, self.config, self._vllm_config

@@ -1,0 +1,419 @@
+"""The store of store.py for NVIDIA GPUs, in Gluon: the same bytes, from layouts that Triton cannot be asked for.
+
+In large batches a thread holds a whole vector in its registers: it reads its own row, and nothing is exchanged between
+threads. In small ones several lanes share a vector. The usual widths, 4-bit keys and 2-bit values, are quantized and packed
+in inline PTX, by instructions that Triton has no words for (rounding down, saturation, byte permutes, fp16 pairs).
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+
+import numpy as np
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from ..cache_format import CacheFormat
+from .hadamard import hadamard, split_columns, tree_sum
+from .quantize import (
+    StoreFormat,
+    VectorFormat,
+    energy_and_inverse,
+    find_slots,
+    pack_key_words,
+    pack_plane,
+    pack_words,
+    quantize,
+    scale_bits,
+)
+
+# Vectors of one launch from which a thread takes a whole vector: below, latency counts and not instructions.
+LARGE_BATCH = 8192
+
+_WIDEN_BF16 = gl.constexpr("shl.b32 $0, $2, 16;\nand.b32 $1, $2, 0xFFFF0000;")
+
+
+def _f32(x: float) -> str:
+    return f"0f{struct.unpack('<I', struct.pack('<f', x))[0]:08X}"
+
+
+def _f16x2(x: float) -> str:
+    return f"0x{int(np.float16(x).view(np.uint16)) * 0x10001:08X}"
+
+
+def _bytes(values: list[int]) -> str:
+    return f"0x{sum(value << 8 * i for i, value in enumerate(values)):08X}"
+
+
+@functools.cache
+def _key_word_ptx(keys: VectorFormat) -> str:
+    """4-bit keys: h of four channels A ($9 ..) and four Z of the upper half ($13 ..), inverse ($17) -> word, terms.
+
+    Per pair (A_i, Z_i): t = h * inverse, floor(2 t) / 2 by a magic number, clamped by saturation (NaN to the first code) to
+    x + 1/2, then the polynomial in fp16 pairs; its code + 1536.0 has the code in the low bits. Codes are gathered in nibbles
+    (plus 8), turned to sign and magnitude, and the magnitudes looked up as the upper 16 bits of fp32 by byte permutes.
+    """
+    limit, (c1, c3, c5) = keys.limit, keys.polynomial
+    table = [struct.unpack("<I", struct.pack("<f", m))[0] >> 16 for m in keys.magnitudes]
+    low, high = [entry & 255 for entry in table], [entry >> 8 for entry in table]
+    eights = (0x88888888 - sum((0x6600 << 4 * i) * 0x10001 for i in range(4))) % 2**32
+    lines = [
+        ".reg .f32 t, z;",
+        ".reg .b32 n, q, m, a, b, c, d, x, u, w, k1, k3, k5, half, magic;",
+        f"mov.b32 k1, {_f16x2(c1)};",
+        f"mov.b32 k3, {_f16x2(c3)};",
+        f"mov.b32 k5, {_f16x2(c5)};",
+        f"mov.b32 half, {_f16x2(-0.5)};",
+        f"mov.b32 magic, {_f16x2(1536.0)};",
+        f"mov.b32 n, 0x{eights:08X};",
+    ]
+    for i in range(4):
+        for register, operand in (("t", 9 + i), ("z", 13 + i)):
+            lines += [
+                f"mul.rn.f32 {register}, ${operand}, $17;",
+                f"add.rm.f32 {register}, {register}, {_f32(2.0**22 + limit)};",
+                f"fma.rn.sat.f32 {register}, {register}, {_f32(0.5 / limit)}, {_f32((1 - 2.0**24) / (8 * limit))};",
+            ]
+        lines += [
+            "cvt.rn.f16x2.f32 x, z, t;",
+            "add.rn.f16x2 x, x, half;",
+            "mul.rn.f16x2 u, x, x;",
+            "fma.rn.f16x2 w, u, k5, k3;",
+            "fma.rn.f16x2 w, w, u, k1;",
+            "fma.rn.f16x2 w, w, x, half;",
+            "add.rn.f16x2 w, w, magic;",
+            f"shl.b32 w, w, {4 * i};",
+            "add.u32 n, n, w;",
+        ]
+    lines += [
+        # q: 8 where negative; there idx ^ 7 is the magnitude, elsewhere idx & 7
+        "lop3.b32 q, n, 0x88888888, 0, 0x0C;",
+        "shr.u32 a, q, 3;",
+        "sub.u32 a, q, a;",
+        "lop3.b32 m, n, a, 0x77777777, 0x28;",
+        # signs of A_i from nibble i to bit 8 i + 7, of Z_i from nibble 4 + i to bit 8 i + 3
+        "shl.b32 a, q, 4;",
+        "shr.u32 b, q, 4;",
+        "prmt.b32 c, q, a, 0x1504;",
+        "prmt.b32 d, q, b, 0x7362;",
+        "lop3.b32 c, c, d, 0x80808080, 0xE4;",
+        "lop3.b32 $0, c, m, 0x88888888, 0xE4;",
+        "shr.u32 x, m, 16;",
+        f"mov.b32 c, {_bytes(low[:4])};",
+        f"mov.b32 d, {_bytes(low[4:])};",
+        "prmt.b32 a, c, d, m;",
+        "prmt.b32 b, c, d, x;",
+        f"mov.b32 c, {_bytes(high[:4])};",
+        f"mov.b32 d, {_bytes(high[4:])};",
+        "prmt.b32 u, c, d, m;",
+        "prmt.b32 w, c, d, x;",
+    ]
+    for i in range(8):
+        lower, upper = ("a", "u") if i < 4 else ("b", "w")
+        k = i % 4
+        lines += [
+            # bytes 0 and 1: the sign of the high byte, which is 0
+            f"prmt.b32 c, {lower}, {upper}, 0x{4 + k:X}{k:X}{12 + k:X}{12 + k:X};",
+            "mov.b32 t, c;",
+            f"abs.f32 z, ${9 + i};",
+            f"mul.rn.f32 ${1 + i}, z, t;",
+        ]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _value_byte_ptx() -> str:
+    """2-bit values on even levels: h of four fields ($5 ..), inverse ($9) -> byte, h * (level + 1/2).
+
+    y = (3 - idx) / 4: floor(t) by a magic number, clamped below by max (NaN to the first code) and above by saturation.
+    """
+    magic = 1.5 * 2.0**23
+    lines = [".reg .f32 t, y0, y1, y2, y3;", ".reg .b32 n;"]
+    for i in range(4):
+        lines += [
+            f"mul.rn.f32 t, ${5 + i}, $9;",
+            f"max.f32 t, t, {_f32(-2.0)};",
+            f"add.rm.f32 t, t, {_f32(magic)};",
+            f"fma.rn.sat.f32 y{i}, t, {_f32(-0.25)}, {_f32(0.25 * (1 + magic))};",
+            f"fma.rn.f32 t, y{i}, {_f32(-4.0)}, {_f32(1.5)};",
+            f"mul.rn.f32 ${1 + i}, ${5 + i}, t;",
+        ]
+    lines += [f"fma.rn.f32 t, y0, {_f32(4.0)}, {_f32(2.0**23)};"]
+    lines += [f"fma.rn.f32 t, y{i}, {_f32(4.0 ** (i + 1))}, t;" for i in range(1, 4)]
+    # 3 - idx is the complement of idx; field 3 keeps its high bit flipped
+    lines += ["mov.b32 n, t;", "xor.b32 $0, n, 0x7F;"]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@gluon.jit
+def _place(column, lane, LANES: gl.constexpr, GROUP: gl.constexpr):
+    """Byte of a plane that a column of bytes holds (hadamard.py): [1, LANES]."""
+    return (column // GROUP * LANES + lane) * GROUP + column % GROUP
+
+
+@gluon.jit
+def _load_vectors(
+    ptr, row, centre_ptr, to_ptr, copied, stride_token,
+    HEAD_SIZE: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr, COLUMN: gl.constexpr,
+):  # fmt: skip
+    """Rows [TOKENS, 1] from ptr, copied to to_ptr (unless None), minus the centre (unless None), as columns of fp32."""
+    WIDTH: gl.constexpr = LANES * GROUP
+    PIECE: gl.constexpr = gl.BlockedLayout([1, GROUP], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
+    offs = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, PIECE))[None, :]
+    rows = ptr + gl.convert_layout(row, PIECE, assert_trivial=True) * stride_token + offs
+    pieces = ()
+    for start in gl.static_range(0, HEAD_SIZE, WIDTH):
+        pieces = pieces + (gl.load(rows + start),)
+    if to_ptr is not None:
+        to_rows = gl.convert_layout(to_ptr, PIECE, assert_trivial=True) + offs
+        mask = gl.convert_layout(copied, PIECE, assert_trivial=True)
+        for p in gl.static_range(len(pieces)):
+            gl.store(to_rows + p * WIDTH, pieces[p], mask=mask)
+    columns = ()
+    for p in gl.static_range(len(pieces)):
+        if pieces[p].dtype == gl.bfloat16:
+            x = gl.inline_asm_elementwise(_WIDEN_BF16, "=f,=f,r", [pieces[p]], dtype=gl.float32, is_pure=True, pack=2)
+        else:
+            x = pieces[p].to(gl.float32)
+        if centre_ptr is not None:
+            x = x - gl.load(centre_ptr + (p * WIDTH + offs))
+        piece = split_columns(x.reshape([x.shape[0], LANES, GROUP]), GROUP)
+        for j in gl.static_range(GROUP):
+            columns = columns + (gl.convert_layout(piece[j], COLUMN, assert_trivial=True),)
+    return columns
+
+
+@gluon.jit
+def _store_words(ptr, words, mask, LANES: gl.constexpr, GROUP: gl.constexpr):
+    """A key's words of four bytes from ptr [TOKENS, 1]: as many at once as a lane has side by side."""
+    RUN: gl.constexpr = len(words) if LANES == 1 else GROUP // 4
+    VECTOR: gl.constexpr = 4 if RUN % 4 == 0 else (2 if RUN % 2 == 0 else 1)
+    WORDS: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
+    ptr = gl.convert_layout(ptr, WORDS, assert_trivial=True)
+    mask = gl.convert_layout(mask, WORDS, assert_trivial=True)
+    i = gl.arange(0, LANES * VECTOR, layout=gl.SliceLayout(0, WORDS))[None, :]
+    offs = i // VECTOR * GROUP + i % VECTOR * 4
+    for w in gl.static_range(0, len(words), VECTOR):
+        if VECTOR == 4:
+            run = gl.join(gl.join(words[w], words[w + 2]), gl.join(words[w + 1], words[w + 3]))
+        elif VECTOR == 2:
+            run = gl.join(words[w], words[w + 1])
+        else:
+            run = words[w]
+        run = gl.convert_layout(run.reshape([ptr.shape[0], LANES * VECTOR]), WORDS, assert_trivial=True)
+        to = ptr + (4 * w // GROUP * LANES * GROUP + 4 * w % GROUP) + offs
+        gl.store(to.to(gl.pointer_type(gl.int32)), run, mask=mask)
+
+
+@gluon.jit
+def _key_words(h, inverse, lane, LANES: gl.constexpr, GROUP: gl.constexpr, PTX: gl.constexpr):
+    """4-bit keys: words of four bytes, and <h, level + 1/2>."""
+    HALF: gl.constexpr = len(h) // 2
+    words = ()
+    terms = ()
+    for k in gl.static_range(0, HALF, 4):
+        word, a0, a1, a2, a3, z0, z1, z2, z3 = gl.inline_asm_elementwise(
+            PTX,
+            "=r,=f,=f,=f,=f,=f,=f,=f,=f,f,f,f,f,f,f,f,f,f",
+            [h[k], h[k + 1], h[k + 2], h[k + 3], h[HALF + k], h[HALF + k + 1], h[HALF + k + 2], h[HALF + k + 3], inverse],
+            dtype=(
+                gl.int32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32
+            ),
+            is_pure=True,
+            pack=1,
+        )  # fmt: skip
+        words = words + (word,)
+        # the first step of tree_sum
+        terms = terms + (a0 + z0, a1 + z1, a2 + z2, a3 + z3)
+    return words, tree_sum(terms, lane, HALF, LANES, GROUP)
+
+
+@gluon.jit
+def _value_bytes(h, inverse, lane, LANES: gl.constexpr, GROUP: gl.constexpr, PTX: gl.constexpr):
+    """2-bit values: bytes, and <h, level + 1/2>."""
+    QUARTER: gl.constexpr = len(h) // 4
+    column_bytes = ()
+    terms = ()
+    for k in gl.static_range(QUARTER):
+        byte, a, b, c, d = gl.inline_asm_elementwise(
+            PTX,
+            "=r,=f,=f,=f,=f,f,f,f,f,f",
+            [h[k], h[QUARTER + k], h[2 * QUARTER + k], h[3 * QUARTER + k], inverse],
+            dtype=(gl.int32, gl.float32, gl.float32, gl.float32, gl.float32),
+            is_pure=True,
+            pack=1,
+        )
+        column_bytes = column_bytes + (byte,)
+        # the first two steps of tree_sum
+        terms = terms + ((a + c) + (b + d),)
+    return column_bytes, tree_sum(terms, lane, QUARTER, LANES, GROUP)
+
+
+@gluon.jit
+def _store_vectors(
+    ptr, row, centre_ptr, to_ptr, copied, cache_ptr, slot, packed, stride_token, stride_block,
+    IS_KEY: gl.constexpr, FORMAT: gl.constexpr, VECTORS: gl.constexpr, PTX: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr, COLUMN: gl.constexpr,
+):  # fmt: skip
+    """Keys or values of a program's tokens; per-token tensors are [TOKENS, 1] in layout COLUMN."""
+    HEAD_SIZE: gl.constexpr = FORMAT.head_size
+    SIGNS: gl.constexpr = FORMAT.signs
+    OUTER: gl.constexpr = FORMAT.outer
+    COUNT: gl.constexpr = HEAD_SIZE // LANES
+    x = _load_vectors(ptr, row, centre_ptr, to_ptr, copied, stride_token, HEAD_SIZE, LANES, GROUP, COLUMN)
+    if cache_ptr is not None:
+        lane = gl.arange(0, LANES, layout=gl.SliceLayout(0, COLUMN))[None, :]
+        h = hadamard(x, lane, COUNT, LANES, GROUP, SIGNS, OUTER)
+        if PTX is not None:
+            energy, inverse = energy_and_inverse(h, lane, COUNT, LANES, GROUP, VECTORS.step)
+            if IS_KEY:
+                out, dot = _key_words(h, inverse, lane, LANES, GROUP, PTX)
+            else:
+                out, dot = _value_bytes(h, inverse, lane, LANES, GROUP, PTX)
+            scale = scale_bits(energy, dot, VECTORS.scale_factor)
+        else:
+            out, scale = quantize(h, lane, COUNT, LANES, GROUP, VECTORS)
+        sub_page, token, position = find_slots(cache_ptr, slot, stride_block, BLOCK_SIZE, FORMAT.sub_page_bytes)
+        scale_ptr = (sub_page + VECTORS.scales + 2 * position).to(gl.pointer_type(gl.int16))
+        gl.store(scale_ptr + lane, scale, mask=packed & (lane == 0))
+        if IS_KEY and VECTORS.bits == 4:
+            if PTX is None:
+                out = pack_key_words(out)
+            _store_words(sub_page + VECTORS.planes[0][0] + token * (HEAD_SIZE // 2), out, packed, LANES, GROUP)
+        else:
+            for plane in gl.static_range(len(VECTORS.planes)):
+                to = sub_page + VECTORS.planes[plane][0]
+                if PTX is None:
+                    column_bytes = pack_plane(out, 2 * plane, VECTORS.planes[plane][1], VECTORS, not IS_KEY)
+                else:
+                    column_bytes = out
+                if IS_KEY:
+                    to = to + token * (len(column_bytes) * LANES)
+                else:
+                    to = to + position
+                if IS_KEY and len(column_bytes) % 4 == 0:
+                    _store_words(to, pack_words(column_bytes), packed, LANES, GROUP)
+                else:
+                    for k in gl.static_range(len(column_bytes)):
+                        offs = _place(k, lane, LANES, GROUP) * (1 if IS_KEY else 64)
+                        gl.store(to + offs, column_bytes[k].to(gl.uint8), mask=packed)
+
+
+@gluon.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["slots_ptr", "exact_slots_ptr"])
+def _store_kernel(
+    key_ptr, value_ptr,  # [num_tokens, num_kv_heads, head_size]
+    centre_ptr,          # [num_kv_heads, head_size] fp32, or None
+    slots_ptr,           # [num_tokens] int64
+    cache_ptr,           # [num_blocks, num_kv_heads, BLOCK_SIZE, slot_bytes] uint8, or None
+    exact_slots_ptr,     # [num_tokens] int64
+    exact_ptr,           # [num_exact_blocks, num_kv_heads, EXACT_BLOCK_SIZE, 2 * head_size], or None
+    num_tokens,
+    stride_key_token: gl.int64, stride_key_head: gl.int64, stride_value_token: gl.int64, stride_value_head: gl.int64,
+    stride_block: gl.int64, stride_head: gl.int64,
+    stride_exact_block: gl.int64, stride_exact_head: gl.int64, stride_exact_token: gl.int64,
+    BLOCK_SIZE: gl.constexpr, EXACT_BLOCK_SIZE: gl.constexpr, FORMAT: gl.constexpr,
+    KEY_PTX: gl.constexpr, VALUE_PTX: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    KEYS: gl.constexpr = FORMAT.keys
+    VALUES: gl.constexpr = FORMAT.values
+    COLUMN: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
+    TOKENS: gl.constexpr = gl.num_warps() * 32 // LANES
+    head = gl.program_id(0).to(gl.int64)
+    row = gl.program_id(1) * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, COLUMN))[:, None]
+    real = row < num_tokens
+    # reads need no mask
+    row = gl.minimum(row, num_tokens - 1).to(gl.int64)
+    slot, packed = row, real
+    if cache_ptr is not None:
+        slot = gl.load(slots_ptr + row)
+        packed = real & (slot >= 0)
+        cache_ptr += head * stride_head
+    to_ptr, value_to_ptr, copied = None, None, real
+    if exact_ptr is not None:
+        exact_slot = gl.load(exact_slots_ptr + row)
+        copied = real & (exact_slot >= EXACT_BLOCK_SIZE)
+        to_ptr = exact_ptr + exact_slot // EXACT_BLOCK_SIZE * stride_exact_block + head * stride_exact_head
+        to_ptr = to_ptr + exact_slot % EXACT_BLOCK_SIZE * stride_exact_token
+        value_to_ptr = to_ptr + FORMAT.head_size
+    if gl.program_id(2) == 0:
+        _store_vectors(
+            key_ptr + head * stride_key_head,
+            row,
+            None if centre_ptr is None else centre_ptr + head * FORMAT.head_size,
+            to_ptr, copied, cache_ptr, slot, packed, stride_key_token, stride_block,
+            True, FORMAT, KEYS, KEY_PTX, BLOCK_SIZE, LANES, GROUP, COLUMN,
+        )  # fmt: skip
+    else:
+        _store_vectors(
+            value_ptr + head * stride_value_head,
+            row,
+            None,
+            value_to_ptr, copied, cache_ptr, slot, packed, stride_value_token, stride_block,
+            False, FORMAT, VALUES, VALUE_PTX, BLOCK_SIZE, LANES, GROUP, COLUMN,
+        )  # fmt: skip
+
+
+@functools.cache
+def _ptx(cache_format: CacheFormat) -> tuple[str | None, str | None]:
+    keys = _key_word_ptx(StoreFormat.of(cache_format).keys) if cache_format.key_bits == 4 else None
+    return keys, _value_byte_ptx() if cache_format.value_bits == 2 else None
+
+
+@functools.cache
+def launch_shape(cache_format: CacheFormat, large: bool) -> tuple[int, int, int | None]:
+    """Lanes that a vector is spread over, columns side by side in a lane, and registers that a thread may take."""
+    head_size = cache_format.head_size
+    if head_size & (head_size - 1):
+        return 1, 8, None
+    if not large:
+        # the columns of a byte lie in one lane: eight of each in planes of one bit, which 3 bits have
+        fields = 8 if 3 in (cache_format.key_bits, cache_format.value_bits) else 4
+        return head_size // (4 * fields), 4, None
+    # fewer registers spill; with 168 12 warps fit a multiprocessor, with 96 20
+    usual = (cache_format.key_bits, cache_format.value_bits) == (4, 2)
+    return max(1, head_size // 128), 8, (96 if head_size == 64 else 168) if usual else None
+
+
+def store_nvidia(
+    cache_format: CacheFormat,
+    cache: torch.Tensor | None,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slots: torch.Tensor | None,
+    key_centre: torch.Tensor | None,
+    exact_cache: torch.Tensor | None,
+    exact_slots: torch.Tensor | None,
+    num_tokens: int,
+) -> None:
+    """store.store after its checks."""
+    num_kv_heads = key.shape[1]
+    lanes, group, maxnreg = launch_shape(cache_format, num_tokens * num_kv_heads >= LARGE_BATCH)
+    key_ptx, value_ptx = _ptx(cache_format)
+    _store_kernel[(num_kv_heads, triton.cdiv(num_tokens, 32 // lanes), 2)](
+        key,
+        value,
+        key_centre,
+        slots,
+        cache,
+        exact_slots,
+        exact_cache,
+        num_tokens,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        *(cache.stride()[:2] if cache is not None else (0, 0)),
+        *(exact_cache.stride()[:3] if exact_cache is not None else (0, 0, 0)),
+        BLOCK_SIZE=cache.shape[2] if cache is not None else 0,
+        EXACT_BLOCK_SIZE=exact_cache.shape[2] if exact_cache is not None else 0,
+        FORMAT=StoreFormat.of(cache_format),
+        KEY_PTX=key_ptx,
+        VALUE_PTX=value_ptx,
+        LANES=lanes,
+        GROUP=group,
+        num_warps=1,
+        maxnreg=maxnreg,
+        enable_fp_fusion=False,
+    )
