@@ -6,7 +6,7 @@
     python quickstart.py --test [-- ARGS]  the same installation, then pytest ARGS
     python quickstart.py --plan            print what would be installed and run; --machine cpu|cuda picks one
 
---machine cpu serves on the CPU of a machine that has a GPU, whose kernels this version does not have yet.
+--machine cpu serves on the CPU of a machine that has a GPU.
 
 A second run installs and converts nothing. POWERQUANT_*, PIP_* and VLLM_* variables reach the commands.
 Exit status: 0 fine, 1 a step failed, 2 could not run (one line says why); with --test, pytest's.
@@ -693,9 +693,6 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     try:
-        if machine == "cuda":
-            # the backend would refuse a GPU after minutes of installing
-            raise CannotRun("POWERQUANT's kernels run on the CPU only so far; use: python quickstart.py --machine cpu")
         check_preconditions(machine, installed=is_installed(machine))
         install(machine)
         if options.test:

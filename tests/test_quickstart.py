@@ -240,13 +240,6 @@ def test_precondition_exit_status_and_single_line(quickstart, on_machine, capsys
     assert printed.err.startswith("error: missing: a C++ compiler") and printed.err.count("\n") == 1
 
 
-def test_gpu_machine_is_told_before_anything_is_installed(quickstart, on_machine, capsys):
-    ran = on_machine({}, root=True)
-    assert quickstart.main(["--machine", "cuda"]) == 2
-    assert capsys.readouterr().err.endswith("use: python quickstart.py --machine cpu\n")
-    assert ran == []
-
-
 # Stamp
 
 

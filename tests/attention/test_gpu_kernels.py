@@ -10,6 +10,7 @@ from vllm_powerquant.attention import reference
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.kernels.cpu_kernels import ExactBlocks
 from vllm_powerquant.attention.kernels.gpu_kernels import GpuKernels
+from vllm_powerquant.attention.kernels.prefill import Workspace
 from vllm_powerquant.attention.kernels.step import StepPlan
 from vllm_powerquant.attention.rotation import SUPPORTED_HEAD_SIZES
 
@@ -194,3 +195,11 @@ def test_same_bits_every_time(hopper):
     filled(batch, exact)
     first = attended(batch, hopper, exact)
     assert torch.equal(attended(batch, hopper, exact), first)
+
+
+@pytest.mark.parametrize("hopper", KERNELS)
+@pytest.mark.parametrize("exact_block_size", [None, 16], ids=["all-packed", "exact"])
+def test_warm_up_runs_every_launch(exact_block_size, hopper):
+    kernels = GpuKernels(CacheFormat(64), 6, 2, 5, device, 3, hopper=hopper)
+    workspace = Workspace(2, 64, torch.bfloat16, device, 1024)
+    kernels.warm_up(workspace, 128, exact_block_size, (128, 4))

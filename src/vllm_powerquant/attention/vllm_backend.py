@@ -253,7 +253,7 @@ class PowerQuantImpl(AttentionImpl):
         # a CUDA graph's batch is padded to the size it was captured with
         most = self._vllm_config.scheduler_config.max_num_seqs
         most = max(most, self._vllm_config.compilation_config.max_cudagraph_capture_size or 0)
-        return GpuKernels(cache_format, self.num_heads, self.num_kv_heads, most, device, queries)
+        return GpuKernels.of(cache_format, self.num_heads, self.num_kv_heads, most, device, queries)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Called once for every layer before vLLM asks for its cache's spec."""
@@ -272,11 +272,17 @@ class PowerQuantImpl(AttentionImpl):
             layer.attn_backend = ProtectedBackend
             return
         layer.attn_backend = packed_backend(self.config)
+        keeps_exact = bool(self.config.residual_tokens or self.config.sink_tokens)
         if current_platform.is_cpu():
             self.kernels.workspace(self.num_kv_heads, self._vllm_config.model_config.dtype)
         else:
-            _workspace(self._vllm_config, self.kernels.device)
-        if self.config.residual_tokens or self.config.sink_tokens:
+            self.kernels.warm_up(
+                _workspace(self._vllm_config, self.kernels.device),
+                self._vllm_config.cache_config.block_size,
+                self.config.residual_block_size if keeps_exact else None,
+                (self.config.residual_tokens, self.config.sink_tokens),
+            )
+        if keeps_exact:
             self.exact_layer = ExactCache(
                 f"{name}.exact", ExactBackend, self.num_kv_heads, self.head_size, self.config, self._vllm_config
             )

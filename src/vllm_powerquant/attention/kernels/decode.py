@@ -19,7 +19,9 @@ from .unpack import PackedFormat, load_key_levels, load_key_scales, load_value_l
 TILE: tl.constexpr = tl.constexpr(SUB_PAGE_TOKENS)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_rows", "num_splits", "num_parts", "stride_table", "stride_exact_table", "residual", "sinks"]
+)
 def _packed_kernel(
     query_ptr,        # [num_rows, D] fp16, rotated, each row's largest coordinate 1
     query_scale_ptr,  # [num_rows] fp32

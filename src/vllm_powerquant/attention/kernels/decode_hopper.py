@@ -340,7 +340,7 @@ def _rescale(a, factor, R: gl.constexpr, N: gl.constexpr, L: gl.constexpr):
     return _join_halves(high.to(gl.int32), low.to(gl.int32), R, N, L)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_requests", "stride_table", "stride_exact_table"])
 def _packed_kernel(
     q_high_ptr,        # [num_tokens * num_heads, D] int8, channels in the order of key_channel_order
     q_low_ptr,         # the same
@@ -635,6 +635,7 @@ def attend_packed(
     cost: torch.Tensor,
     tiles: torch.Tensor,
     runs: int,
+    max_requests: int,
     out: torch.Tensor,
     lse: torch.Tensor,
     residual_tokens: int = 0,
@@ -645,7 +646,8 @@ def attend_packed(
     """Partials of every query over its request's packed context, rotated.
 
     Args: query: high, low [num_rows, head_size] int8, offset [num_rows] int32 and scale [num_rows] fp32 of rotate_queries;
-          cache [num_blocks, num_kv_heads, block_size, slot_bytes] uint8; cost, tiles from plan_runs; out [2 * runs +
+          cache [num_blocks, num_kv_heads, block_size, slot_bytes] uint8; cost, tiles from plan_runs; max_requests: of any
+          step; out [2 * runs +
           num_requests * num_kv_heads * row_blocks, 8 * row_sets, head_size] and lse [.., 8 * row_sets] fp32
     """
     head_size, sets = cache_format.head_size, out.shape[1] // 8
@@ -685,7 +687,7 @@ def attend_packed(
         SINKS=sink_tokens if exact else 0,
         EXACT_BLOCK=exact_block_size,
         STAGES=tuned.stages,
-        REQUESTS=max(32, triton.next_power_of_2(seq_lens.shape[0])),
+        REQUESTS=max(32, triton.next_power_of_2(max_requests)),
         COST=SEGMENT_COST,
         MMA=_MMA[sets],
         LP=_P[sets],

@@ -43,7 +43,7 @@ def _attend_tile(q, k, v, seen, minus, highest, norm, acc, scale):
     return above, norm * factor + tl.sum(p, 1), acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table", "residual", "sinks"])
 def _exact_kernel(
     query_ptr,        # [num_tokens, num_heads, D]
     key_ptr,          # [num_tokens, KV_HEADS, D]

@@ -52,7 +52,7 @@ def _copy_tokens(
     async_copy.commit_group()
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["stride_table", "residual", "sinks", "num_rows", "num_splits"])
 def _exact_kernel(
     query_ptr,        # [num_tokens, num_heads, D]
     key_ptr,          # [num_tokens, KV_HEADS, D]
@@ -62,15 +62,15 @@ def _exact_kernel(
     query_start_ptr,  # [num_requests + 1] int32
     seq_lens_ptr,     # [num_requests] int32
     centre_ptr,       # [KV_HEADS, D] fp32
-    out_ptr,          # [SPLITS, num_rows, D] fp32
-    lse_ptr,          # [SPLITS, num_rows] fp32, in bits
+    out_ptr,          # [num_splits, num_rows, D] fp32
+    lse_ptr,          # [num_splits, num_rows] fp32, in bits
     scale,
     stride_q_token: gl.int64, stride_q_head: gl.int64, stride_k_token: gl.int64, stride_k_head: gl.int64,
     stride_v_token: gl.int64, stride_v_head: gl.int64,
     stride_block: gl.int64, stride_block_head: gl.int64, stride_block_token: gl.int64, stride_table,
-    residual, sinks, num_rows,
+    residual, sinks, num_rows, num_splits,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, EXACT_BLOCK: gl.constexpr,
-    HAS_EXACT: gl.constexpr, HAS_CENTRE: gl.constexpr, SPLITS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    HAS_EXACT: gl.constexpr, HAS_CENTRE: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     MMA: gl.constexpr,
 ):  # fmt: skip
     LQ: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -82,7 +82,7 @@ def _exact_kernel(
     SWIZZLE: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     DTYPE: gl.constexpr = query_ptr.dtype.element_ty
     b, head = gl.program_id(0), gl.program_id(1)
-    part, split = gl.program_id(2) // SPLITS, gl.program_id(2) % SPLITS
+    part, split = gl.program_id(2) // num_splits, gl.program_id(2) % num_splits
     start = gl.load(query_start_ptr + b)
     queries = gl.load(query_start_ptr + b + 1) - start
     if part * 16 < queries * GROUP:
@@ -95,7 +95,7 @@ def _exact_kernel(
             window = gl.where(residual > 0, gl.maximum(context - residual + 1, num_sinks), context)
             num_exact = num_sinks + context - window
         last = num_exact + gl.minimum(((part + 1) * 16 + GROUP - 1) // GROUP, queries)
-        share = ((last + N - 1) // N + SPLITS - 1) // SPLITS * N
+        share = ((last + N - 1) // N + num_splits - 1) // num_splits * N
         begin = split * share
         end = gl.minimum(last, begin + share)
         table = table_ptr + b.to(gl.int64) * stride_table
@@ -172,7 +172,9 @@ def _exact_kernel(
 
 def num_splits(num_programs: int, device: torch.device) -> int:
     """Parts of the list of tokens, so that a few (request, kv head) pairs do not leave the device idle."""
-    return max(1, min(MAX_SPLITS, 8 * torch.cuda.get_device_properties(device).multi_processor_count // num_programs))
+    wanted = 8 * torch.cuda.get_device_properties(device).multi_processor_count // num_programs
+    # a power of two: merge_hopper.py's kernel is compiled for each number
+    return 1 << max(0, min(MAX_SPLITS, wanted).bit_length() - 1)
 
 
 def supports(head_size: int, dtype: torch.dtype) -> bool:
@@ -226,13 +228,13 @@ def attend_exact(
         exact.residual_tokens if exact else 0,
         exact.sink_tokens if exact else 0,
         out.shape[1],
+        out.shape[0],
         KV_HEADS=num_kv_heads,
         GROUP=group,
         D=head_size,
         EXACT_BLOCK=exact.cache.shape[2] if exact else 1,
         HAS_EXACT=exact is not None,
         HAS_CENTRE=key_centre is not None,
-        SPLITS=out.shape[0],
         N=TOKENS,
         STAGES=STAGES,
         MMA=_MMA,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 
 import torch
+import triton
 
 from ..cache_format import CacheFormat
 from .cpu_kernels import ExactBlocks
-from .prefill import attend_chunks, flash_attention, flash_attention_version
+from .prefill import Workspace, attend_chunks, flash_attention, flash_attention_version
 from .rows import PortableRows
 from .step import StepPlan
 from .store import store
+from .store_nvidia import LARGE_BATCH
 
 _flash_version = functools.cache(flash_attention_version)
 
@@ -42,6 +44,55 @@ class GpuKernels:
             if rows_hopper.supports(cache_format, device):
                 rows = rows_hopper.HopperRows
         self.rows = rows(cache_format, num_heads, num_kv_heads, max_requests, max_row_queries, device)
+        self.max_row_queries = max_row_queries
+        self._warm: set[tuple] = set()
+
+    @staticmethod
+    @functools.cache
+    def of(
+        cache_format: CacheFormat,
+        num_heads: int,
+        num_kv_heads: int,
+        max_requests: int,
+        device: torch.device,
+        max_row_queries: int = 1,
+    ) -> GpuKernels:
+        """The one object of a shape, for all its layers."""
+        return GpuKernels(cache_format, num_heads, num_kv_heads, max_requests, device, max_row_queries)
+
+    def warm_up(self, workspace: Workspace, block_size: int, exact_block_size: int | None, exact: tuple[int, int]) -> None:
+        """Compile what a step can ask for, once, so that nothing is compiled while requests wait.
+
+        Args: block_size: tokens of a packed block; exact_block_size: of an exact one, None without; exact: residual_tokens
+              and sink_tokens
+        """
+        dtype, heads, d = workspace.keys.dtype, self.rows.num_kv_heads, self.format.head_size
+        if (dtype, block_size, exact_block_size, exact) in self._warm:
+            return
+        self._warm.add((dtype, block_size, exact_block_size, exact))
+        slot_bytes = self.format.layout.slot_bytes
+        cache = torch.zeros(1, heads, block_size, slot_bytes, dtype=torch.uint8, device=self.device)
+        blocks = None
+        if exact_block_size is not None:
+            rows = torch.zeros(1, heads, exact_block_size, 2 * d, dtype=dtype, device=self.device)
+            blocks = ExactBlocks(rows, *exact)
+        self.rows.warm_up(dtype, cache, blocks)
+        for tokens in (1, triton.cdiv(LARGE_BATCH, heads)):
+            key = torch.zeros(tokens, heads, d, dtype=dtype, device=self.device)
+            padding = torch.full((tokens,), -1, dtype=torch.int64, device=self.device)
+            self.store(cache, key, key, padding, None, blocks, padding if blocks else None)
+        # a chunk by itself, and one behind a block of context
+        for context in (0, block_size):
+            n = self.max_row_queries + 1
+            starts = torch.tensor([0, n], dtype=torch.int32, device=self.device)
+            lens = torch.tensor([context + n], dtype=torch.int32, device=self.device)
+            step = StepPlan.of(starts, lens, [n], [context + n], self.max_row_queries, workspace)
+            query = torch.zeros(n, self.rows.num_heads, d, dtype=dtype, device=self.device)
+            key = torch.zeros(n, heads, d, dtype=dtype, device=self.device)
+            table = torch.zeros(
+                1, triton.cdiv(context + n, exact_block_size or block_size), dtype=torch.int32, device=self.device
+            )
+            self.attend(query, key, key, torch.empty_like(query), cache, step, table, d**-0.5, None, blocks, table)
 
     def store(
         self,

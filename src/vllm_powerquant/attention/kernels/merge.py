@@ -10,7 +10,7 @@ ROWS = 16
 CHUNK = 64  # output channels of one product: bounds the shared memory that the matrix takes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def _merge_splits_kernel(
     part_ptr,       # [num_splits, num_rows, D] fp32, rotated
     lse_ptr,        # [num_splits, num_rows] fp32

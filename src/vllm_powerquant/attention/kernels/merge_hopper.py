@@ -25,7 +25,7 @@ def _butterflies(x, BITS: gl.constexpr):
     return x
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_requests", "num_rows"])
 def _merge_kernel(
     part_ptr,         # [2 * num_runs + num_requests * HEADS, BLOCK_ROWS, D] fp32, rotated
     lse_ptr,          # [.., BLOCK_ROWS] fp32
@@ -139,6 +139,11 @@ def _signs(head_size: int, device: torch.device) -> torch.Tensor:
     return (random_signs(head_size) * head_size**-0.5).to(device)
 
 
+def num_warps(num_runs: int, num_segments: int) -> int:
+    """A warp for each few partials that a segment has, about."""
+    return min(MAX_WARPS, max(1, triton.next_power_of_2(num_runs // num_segments + 2) // 4))
+
+
 def merge_runs(
     parts: torch.Tensor,
     lse: torch.Tensor,
@@ -162,9 +167,7 @@ def merge_runs(
     """
     num_requests, num_heads, head_size = tiles.shape[0], out.shape[1], out.shape[2]
     num_rows = num_requests * max_query_len * num_heads
-    # partials of one segment, about: a warp for each few
-    spread = num_runs // (num_requests * num_kv_heads * row_blocks) + 2
-    warps = min(MAX_WARPS, max(1, triton.next_power_of_2(spread) // 4))
+    warps = num_warps(num_runs, num_requests * num_kv_heads * row_blocks)
     width = head_size // 8
     _merge_kernel[(triton.cdiv(num_rows, ROWS),)](
         parts,

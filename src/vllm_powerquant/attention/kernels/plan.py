@@ -26,7 +26,7 @@ def run_of(position, total, num_runs):
     return tl.where(position < border, position // (shorter + 1), longer + (position - border) // tl.maximum(shorter, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests", "residual", "heads", "stride_exact_table"])
 def _plan_kernel(
     query_start_ptr, seq_lens_ptr, exact_table_ptr, tiles_ptr, cost_ptr,
     num_requests, residual, heads, stride_exact_table,
@@ -60,6 +60,7 @@ def plan_runs(
     cost: torch.Tensor,
     heads: int,
     segment_cost: int,
+    max_requests: int,
     residual_tokens: int = 0,
     exact_block_size: int = 1,
     exact_table: torch.Tensor | None = None,
@@ -67,7 +68,8 @@ def plan_runs(
     """Packed tiles of each request and the cost of the segments before it.
 
     Args: query_start_loc [num_requests + 1], seq_lens [num_requests] int32 (0 queries: nothing to do); tiles [num_requests],
-          cost [num_requests + 1] int32, written; heads: kv heads * row blocks; exact_table [num_requests, ...] int32
+          cost [num_requests + 1] int32, written; heads: kv heads * row blocks; max_requests: of any
+          step; exact_table [num_requests, ...] int32
     """
     num_requests = seq_lens.shape[0]
     window = exact_table is not None and residual_tokens > 1
@@ -84,6 +86,6 @@ def plan_runs(
         EXACT_BLOCK=exact_block_size,
         WINDOW_BLOCKS=triton.cdiv(residual_tokens - 2, exact_block_size) + 1 if window else 0,
         COST=segment_cost,
-        REQUESTS=max(32, triton.next_power_of_2(num_requests)),
+        REQUESTS=max(32, triton.next_power_of_2(max_requests)),
         num_warps=4,
     )

@@ -15,7 +15,7 @@ ROWS = 16
 FIXED_MAX = 32512.0  # of the fixed point: its high byte stays within +-127
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rotate_queries_kernel(
     query_ptr,   # [num_tokens, NUM_HEADS, D]
     matrix_ptr,  # [D, D] int8, +-1: output coordinate by input channel

@@ -13,7 +13,7 @@ from .decode import attend_packed
 from .exact import attend_exact
 from .merge import merge_splits
 from .queries import rotate_queries, rotation_signs
-from .step import StepPlan
+from .step import StepPlan, warm_up_step
 
 MAX_SPLITS = 32
 
@@ -50,6 +50,7 @@ class PortableRows:
         device: torch.device,
     ) -> None:
         self.format, self.device = cache_format, device
+        self.max_row_queries = max_row_queries
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         most = max(self._num_splits(n) * n for n in range(1, max_requests + 1))
         queries = max_row_queries * num_heads
@@ -105,3 +106,8 @@ class PortableRows:
             exact_table,
         )
         merge_splits(parts, lse, exact_out, exact_lse, self.matrix, out)
+
+    def warm_up(self, dtype: torch.dtype, cache: torch.Tensor, exact: ExactBlocks | None) -> None:
+        """Compile every variant of the kernels that a step can ask for; arguments as for HopperRows.warm_up."""
+        for queries in range(1, self.max_row_queries + 1):
+            warm_up_step(self, 1, queries, dtype, cache, exact)

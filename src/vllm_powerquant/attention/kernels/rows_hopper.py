@@ -14,10 +14,10 @@ from . import decode_hopper, exact_hopper
 from .common import LOG2_E
 from .cpu_kernels import ExactBlocks
 from .exact import attend_exact
-from .merge_hopper import merge_runs
+from .merge_hopper import merge_runs, num_warps
 from .plan import plan_runs
 from .queries import rotate_queries, rotation_signs
-from .step import StepPlan
+from .step import StepPlan, warm_up_step
 
 
 def supports(cache_format: CacheFormat, device: torch.device) -> bool:
@@ -75,9 +75,10 @@ class HopperRows:
         device: torch.device,
     ) -> None:
         self.format, self.device = cache_format, device
+        self.max_requests, self.max_row_queries = max_requests, max_row_queries
         self.num_heads, self.num_kv_heads, self.group = num_heads, num_kv_heads, num_heads // num_kv_heads
         d = cache_format.head_size
-        queries = range(1, max_row_queries + 1)
+        queries = {1, max_row_queries}
         parts = max(self._num_parts(max_requests, q) * 8 * self._row_sets(q) for q in queries)
         exact = max(self._exact_splits(n, q) * n * q for q in queries for n in range(1, max_requests + 1))
         num_rows = max_requests * max_row_queries * num_heads
@@ -117,7 +118,9 @@ class HopperRows:
     ) -> None:
         """As GpuKernels.attend, of the plan's row requests alone."""
         buffers, d, n = self.buffers, self.format.head_size, plan.num_rows
-        rows, longest = query.shape[0] * self.num_heads, plan.max_row_queries
+        rows = query.shape[0] * self.num_heads
+        # kernels are compiled for a number of queries: one, or the most there can be
+        longest = 1 if plan.max_row_queries == 1 else self.max_row_queries
         starts, seq_lens = plan.row_starts, plan.row_seq_lens
         log2_scale = scale * LOG2_E
         small = exact_hopper.supports(d, query.dtype)
@@ -162,6 +165,7 @@ class HopperRows:
             cost,
             tiles,
             runs,
+            self.max_requests,
             parts,
             lse,
             exact.residual_tokens if exact else 0,
@@ -201,9 +205,24 @@ class HopperRows:
                 cost,
                 self.num_kv_heads * row_blocks,
                 decode_hopper.SEGMENT_COST,
+                self.max_requests,
                 exact.residual_tokens if exact else 0,
                 exact.cache.shape[2] if exact else 1,
                 exact_table,
             )
             plan.runs[key] = (tiles, cost)
         return plan.runs[key]
+
+    def warm_up(self, dtype: torch.dtype, cache: torch.Tensor, exact: ExactBlocks | None) -> None:
+        """Compile every variant of the kernels that a step can ask for, so that none is compiled while requests wait.
+
+        Args: cache, exact: as in a step, of one block at least; nothing is read from them
+        """
+        variants = {}
+        for queries in {1, self.max_row_queries}:
+            runs = decode_hopper.num_runs(self.format, self._row_sets(queries), self.device)
+            for n in range(1, self.max_requests + 1):
+                segments = n * self.num_kv_heads * self._row_blocks(queries)
+                variants[queries, self._exact_splits(n, queries), num_warps(runs, segments)] = n
+        for (queries, *_), n in variants.items():
+            warm_up_step(self, n, queries, dtype, cache, exact)

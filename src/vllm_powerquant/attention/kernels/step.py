@@ -72,3 +72,15 @@ class StepPlan:
             plan.chunks = ChunkPlan.of(query_lens[rows:], seq_lens_upper[rows:], workspace)
             plan.chunk_query_start_loc = query_start_loc[rows:] - tokens
         return plan
+
+
+def warm_up_step(rows, num_requests: int, queries: int, dtype: torch.dtype, cache: torch.Tensor, exact) -> None:
+    """One step of requests without context, so that nothing is read from the cache, through PortableRows or HopperRows."""
+    device, d = rows.device, rows.format.head_size
+    lens = torch.full((num_requests,), queries, dtype=torch.int32, device=device)
+    starts = torch.arange(0, num_requests * queries + 1, queries, dtype=torch.int32, device=device)
+    step = StepPlan.of(starts, lens, [queries] * num_requests, [queries] * num_requests, queries)
+    query = torch.zeros(num_requests * queries, rows.num_heads, d, dtype=dtype, device=device)
+    key = torch.zeros(num_requests * queries, rows.num_kv_heads, d, dtype=dtype, device=device)
+    table = torch.zeros(num_requests, 1, dtype=torch.int32, device=device)
+    rows.attend(query, key, key, torch.empty_like(query), cache, step, table, d**-0.5, None, exact, table)

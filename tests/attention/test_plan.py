@@ -1,0 +1,64 @@
+"""How a step is cut into runs: the plan's arrays and the arithmetic by which kernels find their way."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from helpers import DEVICE
+from vllm_powerquant.attention.kernels.plan import plan_runs, run_of, run_start
+
+COST = 4
+
+
+@triton.jit
+def _runs_kernel(start_ptr, of_ptr, total, num_runs, RUNS: tl.constexpr, POSITIONS: tl.constexpr):
+    run = tl.arange(0, RUNS)
+    tl.store(start_ptr + run, run_start(run, total, num_runs))
+    position = tl.arange(0, POSITIONS)
+    tl.store(of_ptr + position, run_of(position, total, num_runs))
+
+
+@pytest.mark.parametrize("total, num_runs", [(0, 7), (3, 7), (7, 7), (100, 7), (97, 64), (64, 100), (1000, 1)])
+def test_runs_cover_the_total_and_differ_by_one(total, num_runs):
+    starts = torch.zeros(128, dtype=torch.int32, device=DEVICE)
+    of = torch.zeros(1024, dtype=torch.int32, device=DEVICE)
+    _runs_kernel[(1,)](starts, of, total, num_runs, RUNS=128, POSITIONS=1024)
+    starts = starts[: num_runs + 1].tolist()
+    lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    assert starts[0] == 0 and starts[num_runs] == total
+    assert max(lengths) - min(lengths) <= 1
+    for position in range(total):
+        assert of[position] == max(i for i in range(num_runs) if starts[i] <= position)
+
+
+def plan(contexts, queries, heads=6, residual=0, table=None):
+    lens = torch.tensor([c + q for c, q in zip(contexts, queries, strict=True)], dtype=torch.int32, device=DEVICE)
+    starts = torch.tensor([0, *queries], device=DEVICE).cumsum(0).int()
+    tiles = torch.full((len(contexts),), -1, dtype=torch.int32, device=DEVICE)
+    cost = torch.full((len(contexts) + 1,), -1, dtype=torch.int32, device=DEVICE)
+    plan_runs(
+        starts, lens, tiles, cost, heads, COST, len(contexts), residual, 16, None if table is None else table.to(DEVICE)
+    )
+    return tiles.tolist(), cost.tolist()
+
+
+def test_tiles_and_their_cost():
+    tiles, cost = plan([0, 1, 64, 65, 500, 9], [1, 1, 2, 1, 1, 0])
+    # a request without queries is padding, whatever its length says
+    assert tiles == [0, 1, 1, 2, 8, 0]
+    assert cost == [0, 0, 30, 60, 96, 168, 168]
+
+
+def test_tiles_inside_a_whole_window_are_not_read():
+    table = torch.ones(4, 40, dtype=torch.int32)
+    table[1, 30] = 0  # one block of the second request's window is null: its last 127 tokens are read packed
+    table[2, 20] = 0  # before the window: does not count
+    contexts = [500, 500, 500, 100]
+    tiles, _ = plan(contexts, [1, 1, 1, 1], residual=128, table=table)
+    assert tiles == [-(-(500 - 127) // 64), 8, -(-(500 - 127) // 64), 0]
+
+
+def test_a_window_of_one_token_is_the_query_itself():
+    table = torch.ones(1, 40, dtype=torch.int32)
+    assert plan([500], [1], residual=1, table=table)[0] == [8]
