@@ -263,6 +263,12 @@ REFUSED_ARGUMENTS = {
         PowerQuantUnsupportedError,
         "no context parallelism, got --decode-context-parallel-size 2",
     ),
+    "dual-batch-overlap": (
+        LLAMA,
+        {"enable_dbo": True},
+        PowerQuantUnsupportedError,
+        "no batches in two halves, got --enable-dbo",
+    ),
     "prefill-context-parallel": (
         LLAMA,
         {"prefill_context_parallel_size": 2},

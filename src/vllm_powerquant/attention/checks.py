@@ -83,6 +83,10 @@ def check_arguments(engine_args) -> None:
     ):
         if size and size > 1:
             raise PowerQuantUnsupportedError(f"POWERQUANT has no context parallelism, got {flag} {size}; leave {flag} out")
+    # the layers of a step share buffers, which two half-batches in flight at once would overwrite
+    if engine_args.enable_dbo or engine_args.ubatch_size > 1:
+        flag = "--enable-dbo" if engine_args.enable_dbo else f"--ubatch-size {engine_args.ubatch_size}"
+        raise PowerQuantUnsupportedError(f"POWERQUANT has no batches in two halves, got {flag}; leave {flag} out")
 
 
 def check_engine(vllm_config) -> None:
