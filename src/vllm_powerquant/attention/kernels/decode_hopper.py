@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from ..cache_format import CacheFormat
 from ..layout import SUB_PAGE_TOKENS
 from .plan import run_start
+from .unpack_hopper import key_asm, key_width, load_keys, load_values, value_asm
 
 SEGMENT_COST = 4  # tiles that entering a segment costs: query, first copies, first maximum (H200, 2026-11-22)
 
@@ -65,158 +66,6 @@ _SPLIT_P = gl.constexpr(
 )
 
 
-def _byte_table(levels: list[int]) -> tuple[int, int]:
-    """Eight bytes as two little-endian words."""
-    low, high = (sum((b & 255) << 8 * i for i, b in enumerate(part)) for part in (levels[:4], (levels + [0] * 8)[4:8]))
-    return low, high
-
-
-def _magnitudes(codebook) -> list[int]:
-    """Levels of a symmetric codebook's positive half, ascending; -(n + 1/2) = ~n + 1/2 gives the others."""
-    half = len(codebook.levels) // 2
-    return list(codebook.levels[half:])
-
-
-def _asm(body: list[str], registers: str, constants: dict[str, int]) -> str:
-    moves = [f"mov.b32 {name}, {value};" for name, value in constants.items()]
-    return "{ .reg .b32 " + ", ".join([*registers.split(), *constants]) + "; " + " ".join(moves + body) + " }"
-
-
-def key_asm(codebook) -> tuple[str, ...]:
-    """PTX that turns packed key words into signed level bytes, by bit width (8: none is needed).
-
-    4 bits: word -> channels A, channels Z. 2 bits: word -> 4 registers, each fields (f, f + 2) of two bytes. 3 bits: the
-    same from a low and a high word, for the even and for the odd bits of the high word.
-    """
-    bits = codebook.bits
-    if bits == 8:
-        return ()
-    if bits == 4:
-        low, high = _byte_table(_magnitudes(codebook))
-        body = [
-            "and.b32 m, $2, 0x77777777;",
-            "prmt.b32 x, a, b, m;",
-            "shr.u32 t, m, 16;",
-            "prmt.b32 y, a, b, t;",
-            "prmt.b32 s, $2, $2, 0xBA98;",
-            "xor.b32 $0, x, s;",
-            "shl.b32 t, $2, 4;",
-            "prmt.b32 u, t, t, 0xBA98;",
-            "xor.b32 $1, y, u;",
-        ]
-        return (_asm(body, "m x y t s u", {"a": low, "b": high}),)
-    low, high = _byte_table(list(codebook.levels))
-    if bits == 2:
-        body = [
-            "and.b32 m, $4, 0x33333333;",
-            "prmt.b32 $0, a, a, m;",
-            "shr.u32 m, m, 16;",
-            "prmt.b32 $1, a, a, m;",
-            "shr.u32 t, $4, 2;",
-            "and.b32 m, t, 0x33333333;",
-            "prmt.b32 $2, a, a, m;",
-            "shr.u32 m, m, 16;",
-            "prmt.b32 $3, a, a, m;",
-        ]
-        return (_asm(body, "m t", {"a": low}),)
-    return tuple(
-        _asm(_three_bit_selectors(odd, "$4", "$5", "$0", "$1", "$2", "$3"), "m t h", {"a": low, "b": high}) for odd in (0, 1)
-    )
-
-
-def _three_bit_selectors(odd: int, low: str, high: str, *outs: str) -> list[str]:
-    """Nibbles of 3-bit codes -> table bytes: fields (0, 2) of two bytes, of the other two, then fields (1, 3).
-
-    Bit 2f + odd of a high byte is the third bit of field f.
-    """
-    first, second = ("shl.b32 h, {}, 2;", "mov.b32 h, {};") if not odd else ("shl.b32 h, {}, 1;", "shr.u32 h, {}, 1;")
-    return [
-        first.format(high),
-        "and.b32 h, h, 0x44444444;",
-        f"lop3.b32 m, {low}, 0x33333333, h, 0xEA;",
-        f"prmt.b32 {outs[0]}, a, b, m;",
-        "shr.u32 m, m, 16;",
-        f"prmt.b32 {outs[1]}, a, b, m;",
-        f"shr.u32 t, {low}, 2;",
-        second.format(high),
-        "and.b32 h, h, 0x44444444;",
-        "lop3.b32 m, t, 0x33333333, h, 0xEA;",
-        f"prmt.b32 {outs[2]}, a, b, m;",
-        "shr.u32 m, m, 16;",
-        f"prmt.b32 {outs[3]}, a, b, m;",
-    ]
-
-
-def value_asm(codebook) -> tuple[str, ...]:
-    """PTX that turns four positions of packed value columns into signed bytes, one register a field (8 bits: none).
-
-    2 bits keep their field's weight 4^f, which is divided out of the sums; 3 and 4 bits go through the levels' table.
-    """
-    bits = codebook.bits
-    if bits == 8:
-        return ()
-    if bits == 2:
-        masks = ("0x03030303", "0x0C0C0C0C", "0x30303030", "0xC0C0C0C0")
-        return (" ".join(f"and.b32 ${i}, $4, {mask};" for i, mask in enumerate(masks)),)
-    if bits == 4:
-        low, high = _byte_table(_magnitudes(codebook))
-        body = [
-            # n -> n - 8 where n >= 8, else 7 - n
-            "not.b32 n, $2;",
-            "and.b32 z, n, 0x88888888;",
-            "shr.u32 t, z, 3;",
-            "sub.u32 t, z, t;",
-            "xor.b32 m, $2, t;",
-            "and.b32 m, m, 0x77777777;",
-            "prmt.b32 x, a, b, m;",
-            "shr.u32 m, m, 16;",
-            "prmt.b32 y, a, b, m;",
-            "prmt.b32 m, x, y, 0x6420;",
-            "shl.b32 t, n, 4;",
-            "prmt.b32 t, t, t, 0xBA98;",
-            "xor.b32 $0, m, t;",
-            "prmt.b32 m, x, y, 0x7531;",
-            "prmt.b32 t, n, n, 0xBA98;",
-            "xor.b32 $1, m, t;",
-        ]
-        return (_asm(body, "n z t m x y", {"a": low, "b": high}),)
-    low, high = _byte_table(list(codebook.levels))
-    unzip = [
-        "prmt.b32 $0, p, q, 0x6420;",
-        "prmt.b32 $2, p, q, 0x7531;",
-        "prmt.b32 $1, v, w, 0x6420;",
-        "prmt.b32 $3, v, w, 0x7531;",
-    ]
-    return tuple(
-        _asm(_three_bit_selectors(odd, "$4", "$5", "p", "q", "v", "w") + unzip, "m t h p q v w", {"a": low, "b": high})
-        for odd in (0, 1)
-    )
-
-
-def key_channel_order(head_size: int, bits: int) -> list[int]:
-    """Channel of each coordinate in the order in which the kernel multiplies them: queries are stored in it."""
-    if bits in (4, 8):
-        return list(range(head_size))
-    width = head_size // 4
-
-    # a word's bytes (f, f + 2) of bytes 0, 1, then of bytes 2, 3; f = 0 then f = 1
-    def pairs(byte: int, f: int) -> list[int]:
-        return [field * width + byte + i for i in (0, 1) for field in (f, f + 2)]
-
-    if bits == 2:
-        return [
-            c for f, pair in ((0, 0), (0, 2), (1, 0), (1, 2)) for word in range(0, width, 4) for c in pairs(word + pair, f)
-        ]
-    half = width // 2
-    return [
-        c
-        for start in (0, half)
-        for f, pair in ((0, 0), (0, 2), (1, 0), (1, 2))
-        for word in range(start, start + half, 4)
-        for c in pairs(word + pair, f)
-    ]
-
-
 @gluon.jit
 def _ex2(x):
     # without the guards for denormal results that gl.exp2 has
@@ -228,78 +77,6 @@ def _copy_plane(smem, base, mask, ROWS: gl.constexpr, WIDTH: gl.constexpr, L: gl
     r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
     c = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, L))
     async_copy.async_copy_global_to_shared(smem, base + r[:, None] * WIDTH + c[None, :], mask=mask)
-
-
-@gluon.jit
-def _cat_rows(a, b):
-    """[k, n] and [k, n] -> [2k, n]."""
-    return gl.join(a, b).permute([2, 0, 1]).reshape([2 * a.shape[0], a.shape[1]])
-
-
-@gluon.jit
-def _cat_columns(a, b):
-    """[k, n] and [k, n] -> [k, 2n]."""
-    return gl.join(a, b).permute([0, 2, 1]).reshape([a.shape[0], 2 * a.shape[1]])
-
-
-@gluon.jit
-def _load_keys(k0, k1, D: gl.constexpr, BITS: gl.constexpr, ASM: gl.constexpr, L: gl.constexpr):
-    """Keys of a tile as signed level bytes [D, 64] in the order of key_channel_order."""
-    if BITS == 8:
-        return gl.convert_layout(k0.permute([1, 0]).load(L).to(gl.int8, bitcast=True), L, assert_trivial=True)
-    elif BITS == 4:
-        w = k0.permute([1, 0]).load(L)
-        a, z = gl.inline_asm_elementwise(ASM[0], "=r,=r,r", [w], dtype=(gl.int8, gl.int8), is_pure=True, pack=4)
-        return gl.convert_layout(_cat_rows(a, z), L, assert_trivial=True)
-    elif BITS == 2:
-        w = k0.permute([1, 0]).load(L)
-        x0, x1, x2, x3 = gl.inline_asm_elementwise(
-            ASM[0], "=r,=r,=r,=r,r", [w], dtype=(gl.int8, gl.int8, gl.int8, gl.int8), is_pure=True, pack=4
-        )
-        return gl.convert_layout(_cat_rows(_cat_rows(x0, x1), _cat_rows(x2, x3)), L, assert_trivial=True)
-    else:
-        W: gl.constexpr = D // 4
-        w0, w1 = gl.split(k0.permute([1, 0]).load(L).reshape([2, W // 2, 64]).permute([1, 2, 0]))
-        h = k1.permute([1, 0]).load(w0.type.layout)
-        x0, x1, x2, x3 = gl.inline_asm_elementwise(
-            ASM[0], "=r,=r,=r,=r,r,r", [w0, h], dtype=(gl.int8, gl.int8, gl.int8, gl.int8), is_pure=True, pack=4
-        )
-        y0, y1, y2, y3 = gl.inline_asm_elementwise(
-            ASM[1], "=r,=r,=r,=r,r,r", [w1, h], dtype=(gl.int8, gl.int8, gl.int8, gl.int8), is_pure=True, pack=4
-        )
-        x = _cat_rows(_cat_rows(x0, x1), _cat_rows(x2, x3))
-        y = _cat_rows(_cat_rows(y0, y1), _cat_rows(y2, y3))
-        return gl.convert_layout(_cat_rows(x, y), L, assert_trivial=True)
-
-
-@gluon.jit
-def _load_values(v0, v1, D: gl.constexpr, BITS: gl.constexpr, ASM: gl.constexpr, L: gl.constexpr):
-    """Values of a tile as signed bytes [64 positions, D], channels in order."""
-    if BITS == 8:
-        return v0.permute([1, 0]).load(L).to(gl.int8, bitcast=True)
-    elif BITS == 4:
-        w = v0.permute([1, 0]).load(L)
-        x0, x1 = gl.inline_asm_elementwise(ASM[0], "=r,=r,r", [w], dtype=(gl.int8, gl.int8), is_pure=True, pack=4)
-        return gl.convert_layout(_cat_columns(x0, x1), L, assert_trivial=True)
-    elif BITS == 2:
-        w = v0.permute([1, 0]).load(L)
-        x0, x1, x2, x3 = gl.inline_asm_elementwise(
-            ASM[0], "=r,=r,=r,=r,r", [w], dtype=(gl.int8, gl.int8, gl.int8, gl.int8), is_pure=True, pack=4
-        )
-        return gl.convert_layout(_cat_columns(_cat_columns(x0, x1), _cat_columns(x2, x3)), L, assert_trivial=True)
-    else:
-        w0 = v0.slice(0, D // 8).permute([1, 0]).load(L)
-        w1 = v0.slice(D // 8, D // 8).permute([1, 0]).load(L)
-        h = v1.permute([1, 0]).load(L)
-        x0, x1, x2, x3 = gl.inline_asm_elementwise(
-            ASM[0], "=r,=r,=r,=r,r,r", [w0, h], dtype=(gl.int8, gl.int8, gl.int8, gl.int8), is_pure=True, pack=4
-        )
-        y0, y1, y2, y3 = gl.inline_asm_elementwise(
-            ASM[1], "=r,=r,=r,=r,r,r", [w1, h], dtype=(gl.int8, gl.int8, gl.int8, gl.int8), is_pure=True, pack=4
-        )
-        low = _cat_columns(_cat_columns(x0, y0), _cat_columns(x1, y1))
-        high = _cat_columns(_cat_columns(x2, y2), _cat_columns(x3, y3))
-        return gl.convert_layout(_cat_columns(low, high), L, assert_trivial=True)
 
 
 @gluon.jit
@@ -496,7 +273,7 @@ def _packed_kernel(
                     page = gl.load(table + gl.minimum(ahead + 1, tiles - 1) // BLOCK_TILES).to(gl.int64)
 
                     scales = n.index(at_stage)
-                    keys = _load_keys(k0.index(at_stage), k1.index(at_stage), D, KEY_BITS, KEY_ASM, LK)
+                    keys = load_keys(k0.index(at_stage), k1.index(at_stage), D, KEY_BITS, KEY_ASM, LK)
                     scores = mma_v2(q, keys, c0)
                     key_scale = scales.slice(0, 64).load(LPOS).to(gl.float32)
                     y = _by_position(scores, R, LP).to(gl.float32) * key_scale[None, :]
@@ -539,7 +316,7 @@ def _packed_kernel(
                         _SPLIT_P, "=r,=r,r,r,r,r", [fixed], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
                     )
                     p8 = _join_halves(p_high, p_low, R, 64, LPA)
-                    values = _load_values(v0.index(at_stage), v1.index(at_stage), D, VALUE_BITS, VALUE_ASM, LV)
+                    values = load_values(v0.index(at_stage), v1.index(at_stage), D, VALUE_BITS, VALUE_ASM, LV)
                     acc = mma_v2(p8, values, acc)
                     ones = mma_v2(p8, gl.full([64, 8], 1, gl.int8, layout=LV), ones)
                     into = gl.where(into == STAGES - 1, 0, into + 1)
@@ -578,12 +355,6 @@ def _packed_kernel(
                 b += 1
                 while (b < num_requests - 1) & (gl.load(cost_ptr + b + 1) == gl.load(cost_ptr + b)):
                     b += 1
-
-
-def key_width(head_size: int, key_bits: int) -> int:
-    """Consecutive key bytes of a token that one lane holds."""
-    bits = 2 if key_bits == 3 else key_bits
-    return 4 if key_bits == 3 else min(16, head_size * bits // 32)
 
 
 def supports(cache_format: CacheFormat) -> bool:

@@ -9,8 +9,11 @@ import triton
 
 from ..cache_format import CacheFormat
 from .cpu_kernels import ExactBlocks
-from .prefill import Workspace, attend_chunks, flash_attention, flash_attention_version
+from .flash import flash_attention, flash_attention_version
+from .prefill import Workspace, attend_chunks
 from .rows import PortableRows
+from .rows_hopper import HopperRows
+from .rows_hopper import supports as hopper_supports
 from .step import StepPlan
 from .store import store
 from .store_nvidia import LARGE_BATCH
@@ -36,13 +39,7 @@ class GpuKernels:
         hopper: bool = True,
     ) -> None:
         self.format, self.device = cache_format, device
-        rows = PortableRows
-        if hopper and device.type == "cuda":
-            # not importable in the interpreter
-            from . import rows_hopper
-
-            if rows_hopper.supports(cache_format, device):
-                rows = rows_hopper.HopperRows
+        rows = HopperRows if hopper and hopper_supports(cache_format, device) else PortableRows
         self.rows = rows(cache_format, num_heads, num_kv_heads, max_requests, max_row_queries, device)
         self.max_row_queries = max_row_queries
         self._warm: set[tuple] = set()

@@ -18,6 +18,7 @@ from .merge_hopper import merge_runs, num_warps
 from .plan import plan_runs
 from .queries import rotate_queries, rotation_signs
 from .step import StepPlan, warm_up_step
+from .unpack_hopper import key_channel_order
 
 
 def supports(cache_format: CacheFormat, device: torch.device) -> bool:
@@ -83,7 +84,7 @@ class HopperRows:
         exact = max(self._exact_splits(n, q) * n * q for q in queries for n in range(1, max_requests + 1))
         num_rows = max_requests * max_row_queries * num_heads
         self.buffers = _Buffers.of(d, num_rows, exact * num_heads, parts, device)
-        order = decode_hopper.key_channel_order(d, cache_format.key_bits)
+        order = key_channel_order(d, cache_format.key_bits)
         self.matrix = rotation_signs(d, tuple(order), device)
 
     def _row_sets(self, max_queries: int) -> int:
