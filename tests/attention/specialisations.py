@@ -51,12 +51,14 @@ def main(head_size: int, heads: int, kv_heads: int, max_requests: int, max_queri
     fmt = CacheFormat(head_size)
     kernels = GpuKernels(fmt, heads, kv_heads, max_requests, device, max_queries)
     kernels.rows = rows_hopper.HopperRows(fmt, heads, kv_heads, max_requests, max_queries, device)
-    workspace = Workspace(kv_heads, head_size, dtype, device, 16_384)
+    workspace = Workspace(kv_heads, head_size, dtype, device, 2_048)
     kernels.warm_up(workspace, 128, 16 if exact else None, (128, 4))
+    kernels.warm_up_protected(dtype, 128)
     warm = len(variants)
     # pages of three layers in one pool, tables of odd widths
     cache = torch.zeros(9, 3, kv_heads, 128, fmt.layout.slot_bytes, dtype=torch.uint8)[:, 1]
     blocks = ExactBlocks(torch.zeros(9, 3, kv_heads, 16, 2 * head_size, dtype=dtype)[:, 1], 128, 4) if exact else None
+    pages = ExactBlocks(torch.zeros(9, 3, kv_heads, 128, 2 * head_size, dtype=dtype)[:, 1], 0, 2**31 - 1)
 
     def attend(queries: list[int], contexts: list[int]) -> None:
         lens = [q + c for q, c in zip(queries, contexts, strict=True)]
@@ -72,12 +74,13 @@ def main(head_size: int, heads: int, kv_heads: int, max_requests: int, max_queri
         if n <= max_requests:
             for queries in range(1, max_queries + 1):
                 attend([queries] * n, [500] * n)
-    for tokens in (1, 2, 3, 16, 100, 1000, 8192):
+    for tokens in (1, 2, 3, 16, 100, 1000, 9000):
         _, key, value = split(tokens, heads, kv_heads, head_size)
         slots = torch.zeros(tokens, dtype=torch.int64)
         kernels.store(cache, key, value, slots, None, blocks, slots if exact else None)
+        kernels.store(None, key, value, None, None, pages, slots)
         if tokens > max_queries:
-            for context in (0, 500):
+            for context in (0, 500, 3000):
                 attend([1, tokens], [4, context])
     print(warm, len(variants))
 

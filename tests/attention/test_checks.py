@@ -263,6 +263,12 @@ REFUSED_ARGUMENTS = {
         PowerQuantUnsupportedError,
         "no context parallelism, got --decode-context-parallel-size 2",
     ),
+    "sleep-mode": (
+        LLAMA,
+        {"enable_sleep_mode": True},
+        PowerQuantUnsupportedError,
+        "no sleep mode, .*got --enable-sleep-mode",
+    ),
     "dual-batch-overlap": (
         LLAMA,
         {"enable_dbo": True},

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from helpers import DEVICE
 from vllm_powerquant.attention.kernels.plan import plan_runs, run_of, run_start
+from vllm_powerquant.attention.kernels.step import StepPlan
 
 COST = 4
 
@@ -62,3 +63,11 @@ def test_tiles_inside_a_whole_window_are_not_read():
 def test_a_window_of_one_token_is_the_query_itself():
     table = torch.ones(1, 40, dtype=torch.int32)
     assert plan([500], [1], residual=1, table=table)[0] == [8]
+
+
+def test_longest_sequence_while_a_graph_is_captured():
+    """The dummy batch is short, the steps that replay it are not."""
+    lens = torch.ones(2, dtype=torch.int32, device=DEVICE)
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
+    assert StepPlan.of(starts, lens, [1, 1], [1, 1], max_seq_len=8192).max_seq_len == 8192
+    assert StepPlan.of(starts, lens, [1, 1], [5, 9], max_seq_len=0).max_seq_len == 9

@@ -83,6 +83,11 @@ def check_arguments(engine_args) -> None:
     ):
         if size and size > 1:
             raise PowerQuantUnsupportedError(f"POWERQUANT has no context parallelism, got {flag} {size}; leave {flag} out")
+    if engine_args.enable_sleep_mode:
+        raise PowerQuantUnsupportedError(
+            "POWERQUANT has no sleep mode, which drops its rotation tables with the weights, got --enable-sleep-mode; "
+            "leave --enable-sleep-mode out"
+        )
     # the layers of a step share buffers, which two half-batches in flight at once would overwrite
     if engine_args.enable_dbo or engine_args.ubatch_size > 1:
         flag = "--enable-dbo" if engine_args.enable_dbo else f"--ubatch-size {engine_args.ubatch_size}"

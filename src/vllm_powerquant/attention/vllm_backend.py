@@ -151,6 +151,7 @@ class PowerQuantMetadataBuilder(AttentionMetadataBuilder[PowerQuantMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         if device.type != "cpu":
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+            self._workspace = _workspace(vllm_config, device, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
@@ -178,7 +179,9 @@ class PowerQuantMetadataBuilder(AttentionMetadataBuilder[PowerQuantMetadata]):
             common.query_start_loc_cpu.diff().tolist(),
             [common.max_seq_len] * common.num_reqs if upper is None else upper.tolist(),
             self.reorder_batch_threshold,
-            _workspace(self.vllm_config, self.device),
+            self._workspace,
+            # while a graph is captured this is the model's longest, and the bound the dummy batch's
+            common.max_seq_len,
         )
 
 
@@ -189,14 +192,11 @@ class ExactMetadataBuilder(PowerQuantMetadataBuilder):
         return None
 
 
-def _workspace(vllm_config: VllmConfig, device: torch.device) -> Workspace:
-    """Where the engine's chunks are attended on a GPU; made when weights are loaded, before vLLM measures memory."""
-    from .kernels.prefill import DEFAULT_CAPACITY, Workspace
+def _workspace(vllm_config: VllmConfig, device: torch.device, num_kv_heads: int, head_size: int) -> Workspace:
+    """Where chunks of layers of a shape are attended on a GPU; made when weights are loaded, before vLLM measures memory."""
+    from .kernels.prefill import Workspace
 
-    model = vllm_config.model_config
-    most = min(DEFAULT_CAPACITY, vllm_config.scheduler_config.max_num_seqs * model.max_model_len)
-    heads = model.get_num_kv_heads(vllm_config.parallel_config)
-    return Workspace.of(heads, model.get_head_size(), model.dtype, device, most)
+    return Workspace.of(num_kv_heads, head_size, vllm_config.model_config.dtype, device)
 
 
 class PowerQuantImpl(AttentionImpl):
@@ -239,6 +239,7 @@ class PowerQuantImpl(AttentionImpl):
         self.config = config_of(self._vllm_config)
         self.exact_layer: ExactCache | None = None
         self.is_protected = False
+        self._is_decided = False
         self.key_centre: torch.Tensor | None = None  # [num_kv_heads, head_size] fp32
         self.kernels = self._make_kernels(CacheFormat(head_size, self.config.key_bits, self.config.value_bits))
 
@@ -256,7 +257,10 @@ class PowerQuantImpl(AttentionImpl):
         return GpuKernels.of(cache_format, self.num_heads, self.num_kv_heads, most, device, queries)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Called once for every layer before vLLM asks for its cache's spec."""
+        """Called for every layer before vLLM asks for its cache's spec, and again when weights are reloaded."""
+        if self._is_decided:
+            return
+        self._is_decided = True
         layers = self._vllm_config.compilation_config.static_forward_context
         name, layer = next((name, layer) for name, layer in layers.items() if getattr(layer, "impl", None) is self)
         if layer.attn_backend is not PowerQuantBackend:
@@ -270,6 +274,8 @@ class PowerQuantImpl(AttentionImpl):
         self.is_protected = index < protect or index >= num_layers - protect
         if self.is_protected:
             layer.attn_backend = ProtectedBackend
+            if not current_platform.is_cpu():
+                self.kernels.warm_up_protected(act_dtype, self._vllm_config.cache_config.block_size)
             return
         layer.attn_backend = packed_backend(self.config)
         keeps_exact = bool(self.config.residual_tokens or self.config.sink_tokens)
@@ -277,7 +283,7 @@ class PowerQuantImpl(AttentionImpl):
             self.kernels.workspace(self.num_kv_heads, self._vllm_config.model_config.dtype)
         else:
             self.kernels.warm_up(
-                _workspace(self._vllm_config, self.kernels.device),
+                _workspace(self._vllm_config, self.kernels.device, self.num_kv_heads, self.head_size),
                 self._vllm_config.cache_config.block_size,
                 self.config.residual_block_size if keeps_exact else None,
                 (self.config.residual_tokens, self.config.sink_tokens),

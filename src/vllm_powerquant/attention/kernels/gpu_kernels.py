@@ -10,7 +10,7 @@ import triton
 from ..cache_format import CacheFormat
 from .cpu_kernels import ExactBlocks
 from .flash import flash_attention, flash_attention_version
-from .prefill import Workspace, attend_chunks
+from .prefill import PAGE_TOKENS, Workspace, attend_chunks
 from .rows import PortableRows
 from .rows_hopper import HopperRows
 from .rows_hopper import supports as hopper_supports
@@ -74,12 +74,9 @@ class GpuKernels:
             rows = torch.zeros(1, heads, exact_block_size, 2 * d, dtype=dtype, device=self.device)
             blocks = ExactBlocks(rows, *exact)
         self.rows.warm_up(dtype, cache, blocks)
-        for tokens in (1, triton.cdiv(LARGE_BATCH, heads)):
-            key = torch.zeros(tokens, heads, d, dtype=dtype, device=self.device)
-            padding = torch.full((tokens,), -1, dtype=torch.int64, device=self.device)
-            self.store(cache, key, key, padding, None, blocks, padding if blocks else None)
-        # a chunk by itself, and one behind a block of context
-        for context in (0, block_size):
+        self._warm_up_store(dtype, cache, blocks)
+        # a chunk by itself, one behind a block of context, and one behind more than the workspace holds
+        for context in (0, block_size, workspace.num_pages * PAGE_TOKENS + block_size):
             n = self.max_row_queries + 1
             starts = torch.tensor([0, n], dtype=torch.int32, device=self.device)
             lens = torch.tensor([context + n], dtype=torch.int32, device=self.device)
@@ -87,9 +84,29 @@ class GpuKernels:
             query = torch.zeros(n, self.rows.num_heads, d, dtype=dtype, device=self.device)
             key = torch.zeros(n, heads, d, dtype=dtype, device=self.device)
             table = torch.zeros(
-                1, triton.cdiv(context + n, exact_block_size or block_size), dtype=torch.int32, device=self.device
+                1,
+                triton.cdiv(context + n, min(block_size, exact_block_size or block_size)),
+                dtype=torch.int32,
+                device=self.device,
             )
             self.attend(query, key, key, torch.empty_like(query), cache, step, table, d**-0.5, None, blocks, table)
+
+    def warm_up_protected(self, dtype: torch.dtype, block_size: int) -> None:
+        """As warm_up, for protected layers, whose pages of block_size tokens are in the model's own type."""
+        if (dtype, block_size) in self._warm:
+            return
+        self._warm.add((dtype, block_size))
+        heads, d = self.rows.num_kv_heads, self.format.head_size
+        rows = torch.zeros(1, heads, block_size, 2 * d, dtype=dtype, device=self.device)
+        self._warm_up_store(dtype, None, ExactBlocks(rows, 0, 0))
+
+    def _warm_up_store(self, dtype: torch.dtype, cache: torch.Tensor | None, exact: ExactBlocks | None) -> None:
+        """Few tokens and many, all of them padding."""
+        heads = self.rows.num_kv_heads
+        for tokens in (1, triton.cdiv(LARGE_BATCH, heads)):
+            key = torch.zeros(tokens, heads, self.format.head_size, dtype=dtype, device=self.device)
+            padding = torch.full((tokens,), -1, dtype=torch.int64, device=self.device)
+            self.store(cache, key, key, None if cache is None else padding, None, exact, padding if exact else None)
 
     def store(
         self,

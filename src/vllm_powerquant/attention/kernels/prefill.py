@@ -443,6 +443,9 @@ def gather_context(
 
     Args: tiles [n, 2] int32, a whole number of workspace pages of each request; the rest as for attend_chunks
     """
+    if workspace.keys.shape[2:] != key.shape[1:]:
+        shapes = tuple(workspace.keys.shape[2:]), tuple(key.shape[1:])
+        raise ValueError(f"the workspace is for {shapes[0]} kv heads and head size, got {shapes[1]}")
     num_kv_heads = key.shape[1]
     fmt = PackedFormat.of(cache_format)
     programs, columns, keep_matrix = _gather_shape(fmt.padded_size, key.device)

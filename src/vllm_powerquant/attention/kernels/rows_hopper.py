@@ -120,6 +120,8 @@ class HopperRows:
         """As GpuKernels.attend, of the plan's row requests alone."""
         buffers, d, n = self.buffers, self.format.head_size, plan.num_rows
         rows = query.shape[0] * self.num_heads
+        if n > self.max_requests or rows > buffers.scale.shape[0]:
+            raise ValueError(f"at most {self.max_requests} requests and {buffers.scale.shape[0]} rows, got {n} and {rows}")
         # kernels are compiled for a number of queries: one, or the most there can be
         longest = 1 if plan.max_row_queries == 1 else self.max_row_queries
         starts, seq_lens = plan.row_starts, plan.row_seq_lens
@@ -198,7 +200,8 @@ class HopperRows:
         key = (row_blocks, exact_table.data_ptr() if exact else 0)
         if key not in plan.runs:
             tiles = torch.empty(plan.num_rows, dtype=torch.int32, device=self.device)
-            cost = torch.empty(plan.num_rows + 1, dtype=torch.int32, device=self.device)
+            # the packed kernel looks one element further
+            cost = torch.empty(plan.num_rows + 2, dtype=torch.int32, device=self.device)
             plan_runs(
                 plan.row_starts,
                 plan.row_seq_lens,

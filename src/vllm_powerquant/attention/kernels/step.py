@@ -49,10 +49,11 @@ class StepPlan:
         seq_lens_upper: Sequence[int],
         max_row_queries: int = 1,
         workspace: Workspace | None = None,
+        max_seq_len: int = 0,
     ) -> StepPlan:
         """Args: query_start_loc [num_requests + 1], seq_lens [num_requests] int32 on the device; query_lens and
         seq_lens_upper: the same as the host knows them (sequence lengths may be upper bounds); max_row_queries: longer
-        requests are chunks
+        requests are chunks; max_seq_len: longest sequence of any step that replays a CUDA graph captured with this plan
         """
         rows = 0
         while rows < len(query_lens) and query_lens[rows] <= max_row_queries:
@@ -64,7 +65,7 @@ class StepPlan:
             max_row_queries=max(query_lens[:rows], default=0),
             num_tokens=sum(query_lens),
             max_query_len=max(query_lens, default=0),
-            max_seq_len=max(seq_lens_upper, default=0),
+            max_seq_len=max(max_seq_len, max(seq_lens_upper, default=0)),
             query_start_loc=query_start_loc,
             seq_lens=seq_lens,
         )
