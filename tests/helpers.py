@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_powerquant.attention import reference
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.kernels.cpu_kernels import BatchPlan, ExactBlocks
 
@@ -71,3 +72,28 @@ class Batch:
     @property
     def plan(self) -> BatchPlan:
         return BatchPlan.of(torch.tensor([0, *self.queries]).cumsum(0), torch.tensor([len(x) for x in self.keys]))
+
+
+def expected(batch: Batch, exact: ExactBlocks | None = None, centre: torch.Tensor | None = None) -> torch.Tensor:
+    """Each request's chunk by reference.attend in float64: [sum(queries), num_heads, head_size]."""
+    out, start = [], 0
+    for r, (context, queries) in enumerate(zip(batch.contexts, batch.queries, strict=True)):
+        out.append(
+            reference.attend(
+                batch.format,
+                batch.query[start : start + queries],
+                batch.keys[r][context:],
+                batch.values[r][context:],
+                batch.cache,
+                batch.block_table[r],
+                context,
+                batch.format.head_size**-0.5,
+                centre,
+                exact.cache if exact else None,
+                batch.exact_table[r] if exact else None,
+                exact.residual_tokens if exact else 0,
+                exact.sink_tokens if exact else 0,
+            )
+        )
+        start += queries
+    return torch.cat(out)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from helpers import ARITHMETIC_LIMIT, Batch, relative_rms
+from helpers import ARITHMETIC_LIMIT, Batch, expected, relative_rms
 from vllm_powerquant.attention import reference
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.kernels import cpu_build, cpu_kernels
@@ -39,30 +39,6 @@ def attended(batch: Batch, kernels: CpuKernels, exact: ExactBlocks | None = None
         batch.exact_table if exact else None,
     )
     return batch.out
-
-
-def expected(batch: Batch, exact: ExactBlocks | None = None, centre: torch.Tensor | None = None) -> torch.Tensor:
-    out, start = [], 0
-    for r, (context, queries) in enumerate(zip(batch.contexts, batch.queries, strict=True)):
-        out.append(
-            reference.attend(
-                batch.format,
-                batch.query[start : start + queries],
-                batch.keys[r][context:],
-                batch.values[r][context:],
-                batch.cache,
-                batch.block_table[r],
-                context,
-                batch.format.head_size**-0.5,
-                centre,
-                exact.cache if exact else None,
-                batch.exact_table[r] if exact else None,
-                exact.residual_tokens if exact else 0,
-                exact.sink_tokens if exact else 0,
-            )
-        )
-        start += queries
-    return torch.cat(out)
 
 
 @pytest.mark.parametrize("head_size, key_bits, value_bits", WIDTHS)

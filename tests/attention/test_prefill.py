@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from helpers import DEVICE, Batch, relative_rms
+from helpers import DEVICE, Batch, expected, relative_rms
 from vllm_powerquant.attention import reference
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.kernels import prefill
@@ -73,30 +73,6 @@ def attended(
         batch.exact_table.to(device) if exact else None,
     )
     return out.cpu()
-
-
-def expected(batch: Batch, exact: ExactBlocks | None = None, centre: torch.Tensor | None = None) -> torch.Tensor:
-    out, start = [], 0
-    for r, (context, queries) in enumerate(zip(batch.contexts, batch.queries, strict=True)):
-        out.append(
-            reference.attend(
-                batch.format,
-                batch.query[start : start + queries],
-                batch.keys[r][context:],
-                batch.values[r][context:],
-                batch.cache,
-                batch.block_table[r],
-                context,
-                batch.format.head_size**-0.5,
-                centre,
-                exact.cache if exact else None,
-                batch.exact_table[r] if exact else None,
-                exact.residual_tokens if exact else 0,
-                exact.sink_tokens if exact else 0,
-            )
-        )
-        start += queries
-    return torch.cat(out)
 
 
 @pytest.mark.parametrize("head_size, key_bits, value_bits", WIDTHS)
