@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_powerquant.attention.cache_format import CacheFormat
-from vllm_powerquant.attention.kernels.unpack_hopper import key_asm, key_channel_order, value_asm
+from vllm_powerquant.attention.kernels.unpack_hopper import key_asm, key_channel_order, key_parts, value_asm
 
 MASK = 0xFFFFFFFF
 
@@ -84,7 +84,9 @@ def test_keys(head_size, bits):
                 [run_ptx(code[odd], 4, w, h) for w, h in zip(low[odd * half :][:half], high, strict=True)] for odd in (0, 1)
             ]
         else:
-            pieces = [[run_ptx(code[0], {2: 4, 4: 2}[bits], w) for w in low]]
+            step = len(low) // key_parts(head_size, bits)
+            parts = [low[start : start + step] for start in range(0, len(low), step)]
+            pieces = [[run_ptx(code[0], {2: 4, 4: 2}[bits], w) for w in part] for part in parts]
         got = [byte for piece in pieces for output in zip(*piece, strict=True) for byte in signed_bytes(list(output))]
         assert got == levels[key_idx[token].long()][order].tolist()
 

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from ..cache_format import CacheFormat
 from ..layout import SUB_PAGE_TOKENS
 from .plan import run_start
-from .unpack_hopper import key_asm, key_width, load_keys, load_values, value_asm
+from .unpack_hopper import key_asm, key_parts, key_width, load_keys, load_values, value_asm
 
 SEGMENT_COST = 4  # tiles that entering a segment costs: query, first copies, first maximum (H200, 2026-11-22)
 
@@ -139,7 +139,7 @@ def _packed_kernel(
     KEY_BITS: gl.constexpr, VALUE_BITS: gl.constexpr, VALUE_STEP: gl.constexpr,
     KEY_ASM: gl.constexpr, VALUE_ASM: gl.constexpr,
     BLOCK_TILES: gl.constexpr, RESIDUAL: gl.constexpr, SINKS: gl.constexpr, EXACT_BLOCK: gl.constexpr,
-    STAGES: gl.constexpr, REQUESTS: gl.constexpr, COST: gl.constexpr,
+    STAGES: gl.constexpr, REQUESTS: gl.constexpr, COST: gl.constexpr, SHARE_QUERY: gl.constexpr, KEY_PARTS: gl.constexpr,
     MMA: gl.constexpr, LP: gl.constexpr, LSUM: gl.constexpr, LKEY: gl.constexpr, LQUERY: gl.constexpr,
 ):  # fmt: skip
     K0: gl.constexpr = D * (2 if KEY_BITS == 3 else KEY_BITS) // 8  # bytes a token of the first key plane
@@ -147,6 +147,7 @@ def _packed_kernel(
     KEYS: gl.constexpr = 8 * D * KEY_BITS  # bytes of all keys of a tile
     VALUES: gl.constexpr = 8 * D * VALUE_BITS
     TILE: gl.constexpr = KEYS + VALUES + 256
+    PART: gl.constexpr = D // KEY_PARTS  # channels of which the keys are in registers at once
     HEADS: gl.constexpr = KV_HEADS * ROW_BLOCKS
     LQ: gl.constexpr = gl.DotOperandLayout(0, MMA, LQUERY)
     LK: gl.constexpr = gl.DotOperandLayout(1, MMA, LKEY)
@@ -181,6 +182,8 @@ def _packed_kernel(
             v1 = gl.allocate_shared_memory(gl.uint8, [STAGES, D // 8, 64], FLAT2)
         else:
             v1 = v0
+        if SHARE_QUERY:
+            q_smem = gl.allocate_shared_memory(gl.int8, [16 * R, D], gl.SwizzledSharedLayout(16, 1, 8, [1, 0]))
         slot = 0
         while x < x_end:
             tiles = gl.load(tiles_ptr + b)
@@ -226,13 +229,18 @@ def _packed_kernel(
                 j = row0 + (r16 // 16) * 8 + r16 % 8
                 token = query0 + j // GROUP
                 row = (token * KV_HEADS + head) * GROUP + j % GROUP
-                d = gl.arange(0, D, layout=gl.SliceLayout(0, LQ))
-                at = row[:, None] * D + d[None, :]
-                real = (token < query1)[:, None] & (d >= 0)[None, :]
-                is_low = ((r16 % 16) >= 8)[:, None] & (d >= 0)[None, :]
-                q = gl.load(q_high_ptr + at, mask=real & ~is_low, other=0) | gl.load(
-                    q_low_ptr + at, mask=real & is_low, other=0
-                )
+                is_low = (r16 % 16) >= 8
+                q = ()
+                for part in gl.static_range(KEY_PARTS):
+                    d = part * PART + gl.arange(0, PART, layout=gl.SliceLayout(0, LQ))
+                    at = row[:, None] * D + d[None, :]
+                    real = (token < query1)[:, None] & (d >= 0)[None, :]
+                    high = gl.load(q_high_ptr + at, mask=real & ~is_low[:, None], other=0)
+                    low = gl.load(q_low_ptr + at, mask=real & is_low[:, None], other=0)
+                    if SHARE_QUERY:
+                        q_smem.slice(part * PART, PART, 1).store(high | low)
+                    else:
+                        q = q + (high | low,)
                 LMROW: gl.constexpr = gl.SliceLayout(1, MMA)
                 r16 = gl.arange(0, 16 * R, layout=LMROW)
                 j = row0 + (r16 // 16) * 8 + r16 % 8
@@ -273,13 +281,19 @@ def _packed_kernel(
                     page = gl.load(table + gl.minimum(ahead + 1, tiles - 1) // BLOCK_TILES).to(gl.int64)
 
                     scales = n.index(at_stage)
-                    keys = load_keys(k0.index(at_stage), k1.index(at_stage), D, KEY_BITS, KEY_ASM, LK)
-                    scores = mma_v2(q, keys, c0)
+                    scores = c0
+                    for part in gl.static_range(KEY_PARTS):
+                        plane = k0.index(at_stage).slice(part * (K0 // KEY_PARTS), K0 // KEY_PARTS, 1)
+                        keys = load_keys(plane, k1.index(at_stage), PART, KEY_BITS, KEY_ASM, LK)
+                        if SHARE_QUERY:
+                            scores = mma_v2(q_smem.slice(part * PART, PART, 1).load(LQ), keys, scores)
+                        else:
+                            scores = mma_v2(q[part], keys, scores)
                     key_scale = scales.slice(0, 64).load(LPOS).to(gl.float32)
                     y = _by_position(scores, R, LP).to(gl.float32) * key_scale[None, :]
                     p = _ex2(y * qs[:, None] - m[:, None])
-                    part = gl.convert_layout(gl.sum(p.reshape([8 * R, 4, 16]), 2), LSUM, assert_trivial=True)
-                    norm1 = norm + part
+                    lane_sum = gl.convert_layout(gl.sum(p.reshape([8 * R, 4, 16]), 2), LSUM, assert_trivial=True)
+                    norm1 = norm + lane_sum
                     value_scale = scales.slice(64, 64).load(LPOS).to(gl.float32)
                     pos = gl.arange(0, 64, layout=LPOS)
                     dither = (pos & 15).to(gl.float32) * 0.0625 - 0.46875
@@ -304,8 +318,8 @@ def _packed_kernel(
                         m1 = gl.maximum(m, highest)
                         factor = gl.exp2(m - m1)
                         p = gl.where(packed, gl.exp2(y - m1[:, None]), 0.0)
-                        part = gl.convert_layout(gl.sum(p.reshape([8 * R, 4, 16]), 2), LSUM, assert_trivial=True)
-                        norm1 = norm * gl.convert_layout(factor, gl.SliceLayout(1, LSUM))[:, None] + part
+                        lane_sum = gl.convert_layout(gl.sum(p.reshape([8 * R, 4, 16]), 2), LSUM, assert_trivial=True)
+                        norm1 = norm * gl.convert_layout(factor, gl.SliceLayout(1, LSUM))[:, None] + lane_sum
                         fixed = gl.where(packed, p * value_scale[None, :] + dither[None, :], 0.0) + 8388736.0
                         fixed = fixed.to(gl.int32, bitcast=True)
                         acc = _rescale(acc, factor, R, D, MMA)
@@ -364,17 +378,32 @@ def supports(cache_format: CacheFormat) -> bool:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Registers of a program, programs an SM, tiles in flight. Measured on an H200, 2026-11-24."""
+    """Registers of a program, programs an SM, tiles in flight, and whether queries lie in shared memory."""
 
     max_registers: int
     warps_per_sm: int
     stages: int
+    share_query: bool
 
 
+_SM_REGISTERS = 65536
+_SM_SHARED_BYTES = 228 * 1024
+_PROGRAM_SHARED_BYTES = 1024  # that a program takes beside what it asks for
+
+
+@functools.cache
 def tuning(cache_format: CacheFormat, row_sets: int) -> Tuning:
-    if row_sets == 2 or cache_format.head_size == 256:
-        return Tuning(255, 8, 2)
-    return Tuning(128, 16, 2) if cache_format.head_size == 64 else Tuning(168, 12, 2)
+    """As many programs an SM as keep their registers without spilling in the loop, and find room for their tiles."""
+    head_size, stages = cache_format.head_size, 2
+    # H200, 2026-11-24
+    if row_sets == 2:
+        warps = 8 if head_size == 128 else 12
+    else:
+        warps = {64: 16, 128: 12 if cache_format.key_bits == 3 else 14, 256: 8}[head_size]
+    share_query = row_sets == 2
+    shared = stages * cache_format.layout.sub_page_bytes + _PROGRAM_SHARED_BYTES + share_query * 16 * row_sets * head_size
+    warps = min(warps, _SM_SHARED_BYTES // shared)
+    return Tuning(min(255, _SM_REGISTERS // (32 * warps) // 8 * 8), warps, stages, share_query)
 
 
 def row_sets(num_rows: int, head_size: int) -> int:
@@ -460,6 +489,8 @@ def attend_packed(
         STAGES=tuned.stages,
         REQUESTS=max(32, triton.next_power_of_2(max_requests)),
         COST=SEGMENT_COST,
+        SHARE_QUERY=tuned.share_query,
+        KEY_PARTS=key_parts(head_size, cache_format.key_bits),
         MMA=_MMA[sets],
         LP=_P[sets],
         LSUM=_SUM[sets],

@@ -74,6 +74,49 @@ def flash_attention(
     return result[1] if with_lse else None
 
 
+@triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["table_ptr"])
+def _clear_tail_kernel(
+    value_ptr,     # [num_pages, PAGE_SIZE, kv heads, D]
+    seq_lens_ptr,  # [num_requests] int32
+    table_ptr,     # [num_requests, ...] int32
+    stride_page: tl.int64, stride_token: tl.int64, stride_head: tl.int64, stride_table,
+    PAGE_SIZE: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    b, head = tl.program_id(0), tl.program_id(1)
+    end = tl.load(seq_lens_ptr + b)
+    if end % PAGE_SIZE > 0:
+        page = tl.load(table_ptr + b.to(tl.int64) * stride_table + end // PAGE_SIZE).to(tl.int64)
+        d = tl.arange(0, PADDED)
+        for first in range(end % PAGE_SIZE, PAGE_SIZE, ROWS):
+            row = first + tl.arange(0, ROWS)
+            to = value_ptr + page * stride_page + head * stride_head + row[:, None] * stride_token + d[None, :]
+            zeros = tl.zeros([ROWS, PADDED], value_ptr.dtype.element_ty)
+            tl.store(to, zeros, mask=(row < PAGE_SIZE)[:, None] & (d < D)[None, :])
+
+
+def clear_tails(values: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor) -> None:
+    """Zero what lies behind each request's last value in its page.
+
+    FlashAttention 3 reads whole pages where these are multiples of its tiles, and a weight of 0 times NaN counts. The pool
+    that pages come from is shared with layers whose bytes mean something else.
+
+    Args: values [num_pages, page_size, num_kv_heads, head_size]; seq_lens [requests], block_table [requests, ...] int32
+    """
+    padded = triton.next_power_of_2(values.shape[3])
+    _clear_tail_kernel[(seq_lens.shape[0], values.shape[2])](
+        values,
+        seq_lens,
+        block_table,
+        *values.stride()[:3],
+        block_table.stride(0),
+        PAGE_SIZE=values.shape[1],
+        D=values.shape[3],
+        PADDED=padded,
+        ROWS=max(1, 2048 // padded),
+        num_warps=4,
+    )
+
+
 @triton.jit(
     do_not_specialize=["stride_table", "stride_lse"],
     do_not_specialize_on_alignment=["query_start_ptr", "key_start_ptr", "table_ptr"],

@@ -9,7 +9,7 @@ import triton
 
 from ..cache_format import CacheFormat
 from .cpu_kernels import ExactBlocks
-from .flash import flash_attention, flash_attention_version
+from .flash import clear_tails, flash_attention, flash_attention_version
 from .prefill import PAGE_TOKENS, Workspace, attend_chunks
 from .rows import PortableRows
 from .rows_hopper import HopperRows
@@ -99,6 +99,8 @@ class GpuKernels:
         heads, d = self.rows.num_kv_heads, self.format.head_size
         rows = torch.zeros(1, heads, block_size, 2 * d, dtype=dtype, device=self.device)
         self._warm_up_store(dtype, None, ExactBlocks(rows, 0, 0))
+        nothing = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
+        clear_tails(rows.transpose(1, 2)[..., d:], nothing[0], nothing)
 
     def _warm_up_store(self, dtype: torch.dtype, cache: torch.Tensor | None, exact: ExactBlocks | None) -> None:
         """Few tokens and many, all of them padding."""
@@ -142,6 +144,8 @@ class GpuKernels:
         if cache is None:
             tokens = plan.num_tokens
             keys, values = exact.cache.transpose(1, 2).split(self.format.head_size, dim=-1)
+            if plan.max_query_len > 1:
+                clear_tails(values, plan.seq_lens, exact_block_table)
             flash_attention(
                 _flash_version(self.format.head_size, query.dtype, self.device),
                 query[:tokens],

@@ -142,15 +142,22 @@ def scale_bits(energy, dot, FACTOR: tl.constexpr):
 
 
 @triton.jit
+def _floor(x):
+    """tl.floor, which takes a negative denormal for zero on NVIDIA GPUs, of what fits an int32."""
+    toward_zero = x.to(tl.int32).to(tl.float32)
+    return toward_zero - tl.where(toward_zero > x, 1.0, 0.0)
+
+
+@triton.jit
 def find_codes(t, VECTORS: tl.constexpr):
     """t fp32 -> code int32, and the magnitude of its level + 1/2; NaN has the first code."""
     t = tl.where(t > -VECTORS.limit, t, -VECTORS.limit)
     t = tl.where(t < VECTORS.limit, t, VECTORS.limit - 0.5)
     if len(VECTORS.polynomial) == 0:
-        code = tl.floor(t)
+        code = _floor(t)
         magnitude = tl.abs(code + 0.5)
     else:
-        x = (tl.floor(t + t) + 0.5) * (0.25 / VECTORS.limit)
+        x = (_floor(t + t) + 0.5) * (0.25 / VECTORS.limit)
         factor = VECTORS.polynomial[len(VECTORS.polynomial) - 1]
         for i in tl.static_range(1, len(VECTORS.polynomial)):
             factor = factor * (x * x) + VECTORS.polynomial[len(VECTORS.polynomial) - 1 - i]

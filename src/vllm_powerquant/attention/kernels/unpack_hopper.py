@@ -139,34 +139,42 @@ def value_asm(codebook) -> tuple[str, ...]:
     )
 
 
+def key_parts(head_size: int, bits: int) -> int:
+    """Parts of the channels whose keys are unpacked one after the other: the fewer at once, the fewer registers."""
+    if bits == 3:
+        return 1
+    # a lane takes at least four bytes of a part, and a product of integers 32 channels
+    return max(1, min(4, head_size * bits // 128, head_size // 32))
+
+
 def key_channel_order(head_size: int, bits: int) -> list[int]:
     """Channel of each coordinate in the order in which the kernel multiplies them: queries are stored in it."""
-    if bits in (4, 8):
+    parts, half, width = key_parts(head_size, bits), head_size // 2, head_size // 4
+    if bits == 8:
         return list(range(head_size))
-    width = head_size // 4
+    if bits == 4:
+        # a word's low halves of bytes, then its high halves
+        step = half // parts
+        return [c for start in range(0, half, step) for base in (0, half) for c in range(base + start, base + start + step)]
 
     # a word's bytes (f, f + 2) of bytes 0, 1, then of bytes 2, 3; f = 0 then f = 1
     def pairs(byte: int, f: int) -> list[int]:
         return [field * width + byte + i for i in (0, 1) for field in (f, f + 2)]
 
-    if bits == 2:
-        return [
-            c for f, pair in ((0, 0), (0, 2), (1, 0), (1, 2)) for word in range(0, width, 4) for c in pairs(word + pair, f)
-        ]
-    half = width // 2
+    # with 3 bits, the words of the even and of the odd bits of the high word
+    step = width // parts if bits == 2 else width // 2
     return [
         c
-        for start in (0, half)
+        for start in range(0, width, step)
         for f, pair in ((0, 0), (0, 2), (1, 0), (1, 2))
-        for word in range(start, start + half, 4)
+        for word in range(start, start + step, 4)
         for c in pairs(word + pair, f)
     ]
 
 
 def key_width(head_size: int, key_bits: int) -> int:
-    """Consecutive key bytes of a token that one lane holds."""
-    bits = 2 if key_bits == 3 else key_bits
-    return 4 if key_bits == 3 else min(16, head_size * bits // 32)
+    """Consecutive key bytes of a token, and of a part, that one lane holds."""
+    return 4 if key_bits == 3 else min(16, head_size // key_parts(head_size, key_bits) * key_bits // 32)
 
 
 @gluon.jit
@@ -183,7 +191,7 @@ def _cat_columns(a, b):
 
 @gluon.jit
 def load_keys(k0, k1, D: gl.constexpr, BITS: gl.constexpr, ASM: gl.constexpr, L: gl.constexpr):
-    """Keys of a tile as signed level bytes [D, 64] in the order of key_channel_order."""
+    """Keys of a tile, or of a part of its D channels, as signed level bytes [D, 64] in the order of key_channel_order."""
     if BITS == 8:
         return gl.convert_layout(k0.permute([1, 0]).load(L).to(gl.int8, bitcast=True), L, assert_trivial=True)
     elif BITS == 4:
