@@ -4,7 +4,6 @@ Every launch is bound by Triton's own specialisation for an NVIDIA Hopper target
 numbers: variants that warm_up launches, and variants after steps of many batch sizes.
 """
 
-import contextlib
 import sys
 import types
 
@@ -35,7 +34,6 @@ from vllm_powerquant.attention.kernels.gpu_kernels import GpuKernels  # noqa: E4
 from vllm_powerquant.attention.kernels.prefill import Workspace  # noqa: E402
 from vllm_powerquant.attention.kernels.step import StepPlan  # noqa: E402
 
-rows_hopper._beside = lambda device: contextlib.nullcontext(lambda: None)
 store._has_nvidia_kernel = lambda device: True
 device, dtype = torch.device("cpu"), torch.bfloat16
 

@@ -25,6 +25,7 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..cache_format import CacheFormat
 from ..layout import SUB_PAGE_TOKENS
@@ -163,6 +164,7 @@ def _packed_kernel(
     LC_N: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
     LB: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
 
+    gdc_launch_dependents()
     run = gl.program_id(0)
     total = gl.load(cost_ptr + num_requests)
     x = run_start(run, total, num_runs)
@@ -222,6 +224,8 @@ def _packed_kernel(
                     )
                     async_copy.commit_group()
 
+                # only the queries come from the kernel before
+                gdc_wait()
                 # rows (high bytes, low bytes) of 8 queries each; row j of the block is query j // GROUP, head j % GROUP
                 LQROW: gl.constexpr = gl.SliceLayout(1, LQ)
                 row0 = (segment % ROW_BLOCKS) * (8 * R)
@@ -369,6 +373,7 @@ def _packed_kernel(
                 b += 1
                 while (b < num_requests - 1) & (gl.load(cost_ptr + b + 1) == gl.load(cost_ptr + b)):
                     b += 1
+    gdc_wait()
 
 
 def supports(cache_format: CacheFormat) -> bool:
@@ -393,16 +398,16 @@ _PROGRAM_SHARED_BYTES = 1024  # that a program takes beside what it asks for
 
 @functools.cache
 def tuning(cache_format: CacheFormat, row_sets: int) -> Tuning:
-    """As many programs an SM as keep their registers without spilling in the loop, and find room for their tiles."""
-    head_size, stages = cache_format.head_size, 2
+    """As many programs an SM as keep their registers without spilling in the loop, and find room for their tiles.
+
+    Runs are equally long, so an SM's four schedulers want equally many programs.
+    """
+    head_size, stages, share_query = cache_format.head_size, 2, row_sets == 2
     # H200, 2026-11-24
-    if row_sets == 2:
-        warps = 8 if head_size == 128 else 12
-    else:
-        warps = {64: 16, 128: 12 if cache_format.key_bits == 3 else 14, 256: 8}[head_size]
-    share_query = row_sets == 2
+    warps = {64: 16, 128: 12, 256: 8}[head_size * row_sets]
     shared = stages * cache_format.layout.sub_page_bytes + _PROGRAM_SHARED_BYTES + share_query * 16 * row_sets * head_size
-    warps = min(warps, _SM_SHARED_BYTES // shared)
+    fitting = min(warps, _SM_SHARED_BYTES // shared)
+    warps = fitting // 4 * 4 if fitting >= 8 else fitting
     return Tuning(min(255, _SM_REGISTERS // (32 * warps) // 8 * 8), warps, stages, share_query)
 
 
@@ -498,4 +503,5 @@ def attend_packed(
         LQUERY=width,
         num_warps=1,
         maxnreg=tuned.max_registers,
+        launch_pdl=True,
     )

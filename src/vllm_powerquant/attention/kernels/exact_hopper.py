@@ -11,6 +11,7 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .cpu_kernels import ExactBlocks
 
@@ -81,6 +82,7 @@ def _exact_kernel(
     LC: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [1, 1], [1, 0]) if D <= 256 else None
     SWIZZLE: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     DTYPE: gl.constexpr = query_ptr.dtype.element_ty
+    gdc_launch_dependents()
     b, head = gl.program_id(0), gl.program_id(1)
     part, split = gl.program_id(2) // num_splits, gl.program_id(2) % num_splits
     start = gl.load(query_start_ptr + b)
@@ -168,6 +170,8 @@ def _exact_kernel(
         col = gl.arange(0, D, layout=LCOL)
         gl.store(out_ptr + row[:, None] * D + col[None, :], out, mask=valid[:, None])
         gl.store(lse_ptr + row, gl.where(any_seen, highest + gl.log2(norm), float("-inf")), mask=valid)
+    # nothing here needs the kernel before, but who waits for this one waits for that one too
+    gdc_wait()
 
 
 def num_splits(num_programs: int, device: torch.device) -> int:
@@ -240,4 +244,5 @@ def attend_exact(
         MMA=_MMA,
         num_warps=1,
         maxnreg=MAX_REGISTERS[head_size],
+        launch_pdl=True,
     )

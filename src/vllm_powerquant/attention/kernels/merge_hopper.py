@@ -8,11 +8,11 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_wait
 
 from ..rotation import random_signs
 from .plan import run_of, run_start
 
-ROWS = 4  # of one program: a warp holds a row in eight lanes
 MAX_WARPS = 8
 
 
@@ -44,9 +44,10 @@ def _merge_kernel(
 ):  # fmt: skip
     HEADS: gl.constexpr = KV_HEADS * ROW_BLOCKS
     BLOCK: gl.constexpr = MAX_QUERIES * GROUP
-    WIDTH: gl.constexpr = D // 8
-    # a lane holds D / 8 consecutive channels of one row; warps share out the partials
-    L3: gl.constexpr = gl.BlockedLayout([1, 1, WIDTH], [1, ROWS, 32 // ROWS], [WARPS, 1, 1], [2, 1, 0])
+    LANES: gl.constexpr = 32 // ROWS
+    WIDTH: gl.constexpr = D // LANES
+    # a lane holds WIDTH consecutive channels of one row; warps share out the partials
+    L3: gl.constexpr = gl.BlockedLayout([1, 1, WIDTH], [1, ROWS, LANES], [WARPS, 1, 1], [2, 1, 0])
     L2: gl.constexpr = gl.SliceLayout(0, L3)
     LROW: gl.constexpr = gl.SliceLayout(1, L2)
     LD: gl.constexpr = gl.SliceLayout(0, L2)
@@ -67,6 +68,7 @@ def _merge_kernel(
     query_head = head * GROUP + j % GROUP
     row = token * (KV_HEADS * GROUP) + query_head
     d = gl.arange(0, D, layout=LD)
+    gdc_wait()
     # the exact partials first: their addresses are known at once
     base = gl.full([ROWS], float("-inf"), gl.float32, layout=LROW)
     weight = gl.zeros([ROWS], gl.float32, layout=LROW)
@@ -124,7 +126,8 @@ def _merge_kernel(
     weight = weight * stay + gl.convert_layout(gl.sum(weight3 * share, 0), LROW)
     # channel bits in registers first, then those that were spread over lanes
     x = _butterflies(rotated, REG_BITS)
-    LTURN: gl.constexpr = gl.BlockedLayout([1, WIDTH], [ROWS, 32 // ROWS], [1, WARPS], [1, 0])
+    TURN: gl.constexpr = max(WIDTH, LANES)
+    LTURN: gl.constexpr = gl.BlockedLayout([1, TURN], [32 * TURN // D, D // TURN], [1, WARPS], [1, 0])
     x = gl.convert_layout(x, LTURN)
     x = _butterflies(x, LANE_BITS)
     x = gl.convert_layout(x, L2)
@@ -168,8 +171,11 @@ def merge_runs(
     num_requests, num_heads, head_size = tiles.shape[0], out.shape[1], out.shape[2]
     num_rows = num_requests * max_query_len * num_heads
     warps = num_warps(num_runs, num_requests * num_kv_heads * row_blocks)
-    width = head_size // 8
-    _merge_kernel[(triton.cdiv(num_rows, ROWS),)](
+    # few segments have many partials each: a row a program, for more programs
+    rows = 1 if warps == MAX_WARPS else 4
+    lanes = 32 // rows
+    partials = {1: 8, 4: 4 if warps > 1 else 2}[rows]  # that a warp has in flight
+    _merge_kernel[(triton.cdiv(num_rows, rows),)](
         parts,
         lse,
         exact,
@@ -192,10 +198,11 @@ def merge_runs(
         COST=segment_cost,
         MAX_QUERIES=max_query_len,
         EXACT_PARTS=exact.shape[0],
-        ROWS=ROWS,
-        PARTS=warps * max(1, (4 if warps > 1 else 2) * 128 // max(head_size, 128)),
-        LANE_BITS=3,
-        REG_BITS=width.bit_length() - 1,
+        ROWS=rows,
+        PARTS=warps * max(1, partials * 128 // max(head_size, 128)),
+        LANE_BITS=lanes.bit_length() - 1,
+        REG_BITS=(head_size // lanes).bit_length() - 1,
         WARPS=warps,
         num_warps=warps,
+        launch_pdl=True,
     )

@@ -7,6 +7,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..rotation import hadamard_transform
 from .common import dot
@@ -27,8 +28,10 @@ def _rotate_queries_kernel(
     unit,
     stride_token: tl.int64, stride_head: tl.int64,
     NUM_HEADS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, FIXED: tl.constexpr,
-    MAX: tl.constexpr, ROWS: tl.constexpr,
+    MAX: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_rows = row < num_rows
     source = query_ptr + (row // NUM_HEADS).to(tl.int64) * stride_token + (row % NUM_HEADS) * stride_head
@@ -62,6 +65,7 @@ def rotate_queries(
     scale: torch.Tensor,
     low: torch.Tensor | None = None,
     offset: torch.Tensor | None = None,
+    overlap: bool = False,
 ) -> None:
     """Rows of `matrix` times each query, as high * scale / unit (or (256 high + low) * scale / unit, with `low` given).
 
@@ -70,7 +74,7 @@ def rotate_queries(
     Args: query [num_tokens, num_heads, head_size]; matrix [head_size, head_size] int8 +-1, sqrt(head_size) times a rotation;
           unit: softmax scale * log2(e) * codebook step / sqrt(head_size); high [num_tokens * num_heads, head_size] fp16, or
           int8 with low, of the same shape; offset [num_tokens * num_heads] int32, half the sum of the coordinates;
-          scale [num_tokens * num_heads] fp32
+          scale [num_tokens * num_heads] fp32; overlap: the next kernel may start before this one ends (NVIDIA Hopper)
     """
     num_tokens, num_heads, head_size = query.shape
     padded = triton.next_power_of_2(head_size)
@@ -94,6 +98,7 @@ def rotate_queries(
         FIXED=fixed,
         MAX=FIXED_MAX if fixed else 1.0,
         ROWS=ROWS,
+        OVERLAP=overlap,
         num_warps=4,
     )
 

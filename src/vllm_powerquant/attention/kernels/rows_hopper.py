@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -47,20 +45,6 @@ class _Buffers:
     def of(head_size: int, num_rows: int, num_exact: int, num_parts: int, device: torch.device) -> _Buffers:
         """The one set of a shape, made on first use."""
         return _Buffers(head_size, num_rows, num_exact, num_parts, device)
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-@contextlib.contextmanager
-def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
-    """Launch what is inside on a stream of its own; the function given makes the current stream wait for it."""
-    current, side = torch.cuda.current_stream(device), _side_stream(device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        yield lambda: current.wait_stream(side)
 
 
 class HopperRows:
@@ -130,28 +114,14 @@ class HopperRows:
         splits = self._exact_splits(n, longest) if small else 1
         exact_out = buffers.exact[: splits * rows].view(splits, rows, d)
         exact_lse = buffers.exact_lse[: splits * rows].view(splits, rows)
-        attend_kept = exact_hopper.attend_exact if small else attend_exact
-        with _beside(self.device) as join:
-            attend_kept(
-                query,
-                key,
-                value,
-                exact_out,
-                exact_lse,
-                starts,
-                seq_lens,
-                longest,
-                log2_scale,
-                key_centre,
-                exact,
-                exact_table,
-            )
         queries = (buffers.high[:rows], buffers.low[:rows], buffers.offset[:rows], buffers.scale[:rows])
         high, low, offset, q_scale = queries
         unit = log2_scale * d**-0.5 * float(self.format.key_codebook.step)
-        rotate_queries(query, self.matrix, unit, high, q_scale, low, offset)
         sets, row_blocks = self._row_sets(longest), self._row_blocks(longest)
         tiles, cost = self._runs(plan, row_blocks, exact, exact_table)
+        # From here each kernel is launched while the one before still runs (programmatic dependent launch) and waits for
+        # it where it needs what that one wrote. Every kernel waits before it ends, so that the last has waited for all.
+        rotate_queries(query, self.matrix, unit, high, q_scale, low, offset, overlap=True)
         runs = decode_hopper.num_runs(self.format, sets, self.device)
         count = self._num_parts(n, longest)
         parts = buffers.parts[: count * 8 * sets].view(count, 8 * sets, d)
@@ -176,7 +146,21 @@ class HopperRows:
             exact.cache.shape[2] if exact else 1,
             exact_table,
         )
-        join()
+        attend_kept = exact_hopper.attend_exact if small else attend_exact
+        attend_kept(
+            query,
+            key,
+            value,
+            exact_out,
+            exact_lse,
+            starts,
+            seq_lens,
+            longest,
+            log2_scale,
+            key_centre,
+            exact,
+            exact_table,
+        )
         merge_runs(
             parts,
             lse,
