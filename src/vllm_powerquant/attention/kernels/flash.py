@@ -87,7 +87,9 @@ def _clear_tail_kernel(
     if end % PAGE_SIZE > 0:
         page = tl.load(table_ptr + b.to(tl.int64) * stride_table + end // PAGE_SIZE).to(tl.int64)
         d = tl.arange(0, PADDED)
-        for first in range(end % PAGE_SIZE, PAGE_SIZE, ROWS):
+        # the null page belongs to padding; who replays a graph for padding alone must find every page as it was
+        last = tl.where(page > 0, PAGE_SIZE, 0)
+        for first in range(end % PAGE_SIZE, last, ROWS):
             row = first + tl.arange(0, ROWS)
             to = value_ptr + page * stride_page + head * stride_head + row[:, None] * stride_token + d[None, :]
             zeros = tl.zeros([ROWS, PADDED], value_ptr.dtype.element_ty)

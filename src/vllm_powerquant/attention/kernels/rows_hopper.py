@@ -121,6 +121,8 @@ class HopperRows:
         tiles, cost = self._runs(plan, row_blocks, exact, exact_table)
         # From here each kernel is launched while the one before still runs (programmatic dependent launch) and waits for
         # it where it needs what that one wrote. Every kernel waits before it ends, so that the last has waited for all.
+        # The rotation is launched plainly: when it starts, the store and the plan are done, which the others read before
+        # they wait. Nothing may be launched between it and the merge.
         rotate_queries(query, self.matrix, unit, high, q_scale, low, offset, overlap=True)
         runs = decode_hopper.num_runs(self.format, sets, self.device)
         count = self._num_parts(n, longest)
