@@ -28,13 +28,14 @@ JITFunction.run = GluonJITFunction.run = bind
 torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=132)
 
 from vllm_powerquant.attention.cache_format import CacheFormat  # noqa: E402
-from vllm_powerquant.attention.kernels import rows_hopper, store  # noqa: E402
+from vllm_powerquant.attention.kernels import gpu_kernels, rows_hopper, store  # noqa: E402
 from vllm_powerquant.attention.kernels.cpu_kernels import ExactBlocks  # noqa: E402
 from vllm_powerquant.attention.kernels.gpu_kernels import GpuKernels  # noqa: E402
 from vllm_powerquant.attention.kernels.prefill import Workspace  # noqa: E402
 from vllm_powerquant.attention.kernels.step import StepPlan  # noqa: E402
 
 store._has_nvidia_kernel = lambda device: True
+gpu_kernels.flash_attention = lambda *args, **kwargs: None  # of protected layers: vLLM's own
 device, dtype = torch.device("cpu"), torch.bfloat16
 
 
@@ -64,9 +65,9 @@ def main(head_size: int, heads: int, kv_heads: int, max_requests: int, max_queri
         step = StepPlan.of(starts, torch.tensor(lens).int(), queries, lens, max_queries, workspace)
         query, key, value = split(sum(queries), heads, kv_heads, head_size)
         table, exact_table = torch.zeros(len(queries), 37).int(), torch.zeros(len(queries), 555).int()
-        kernels.attend(
-            query, key, value, torch.empty_like(query), cache, step, table, 0.1, None, blocks, exact_table if exact else None
-        )
+        out = torch.empty_like(query)
+        kernels.attend(query, key, value, out, cache, step, table, 0.1, None, blocks, exact_table if exact else None)
+        kernels.attend(query, key, value, out, None, step, table, 0.1, None, pages, table)
 
     for n in {*range(1, min(70, max_requests)), 96, 128, 200, max_requests}:
         if n <= max_requests:

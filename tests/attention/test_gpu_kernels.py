@@ -21,8 +21,12 @@ device = torch.device(DEVICE)
 # interpreter, which cuts bits off where a GPU rounds).
 LIMIT = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 2.5e-3 if DEVICE == "cuda" else 5e-3}
 KERNELS = [pytest.param(False, id="portable")]
+# several query tokens are two sets of eight rows for the Hopper kernel, which it multiplies otherwise than one
+STEPS = [pytest.param(False, [1, 3, 2], torch.float32, id="portable")]
 if DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0):
     KERNELS.append(pytest.param(True, id="hopper"))
+    STEPS.append(pytest.param(True, [1, 3, 2], torch.float32, id="hopper-drafts"))
+    STEPS.append(pytest.param(True, [1, 1, 1], torch.bfloat16, id="hopper"))
 
 
 def filled(batch: Batch, exact: ExactBlocks | None = None, centre: torch.Tensor | None = None) -> Batch:
@@ -70,13 +74,6 @@ def attended(batch: Batch, hopper: bool, exact: ExactBlocks | None = None, centr
         batch.exact_table.to(device) if exact else None,
     )
     return out.cpu()
-
-
-# several query tokens are two sets of eight rows for the Hopper kernel, which it multiplies otherwise than one
-STEPS = [pytest.param(False, [1, 3, 2], torch.float32, id="portable")]
-if len(KERNELS) == 2:
-    STEPS += [pytest.param(True, [1, 3, 2], torch.float32, id="hopper-drafts")]
-    STEPS += [pytest.param(True, [1, 1, 1], torch.bfloat16, id="hopper")]
 
 
 @pytest.mark.parametrize("hopper, queries, dtype", STEPS)
@@ -186,3 +183,21 @@ def test_warm_up_runs_every_launch(exact_block_size, hopper):
     kernels = GpuKernels(CacheFormat(64), 6, 2, 5, device, 3, hopper=hopper)
     workspace = Workspace(2, 64, torch.bfloat16, device, 1024)
     kernels.warm_up(workspace, 128, exact_block_size, (128, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hopper", KERNELS)
+def test_long_context_beside_short_ones(hopper):
+    batch = filled(Batch(CacheFormat(64), [150_001, 300, 0], [1, 1, 1], 1, 4, torch.float16))
+    assert relative_rms(attended(batch, hopper), expected(batch)) < LIMIT[torch.float16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hopper", KERNELS)
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize("requests", [10, 20, 40, 70])
+def test_many_requests(requests, head_size, hopper):
+    """80 to 560 (request, kv head) pairs: every number of warps and rows that merge_hopper.py's programs have."""
+    contexts = [300 + r for r in range(requests)]
+    batch = filled(Batch(CacheFormat(head_size), contexts, [1] * requests, 8, 4, torch.bfloat16))
+    assert relative_rms(attended(batch, hopper), expected(batch)) < LIMIT[torch.bfloat16]

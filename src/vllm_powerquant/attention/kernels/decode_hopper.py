@@ -8,6 +8,7 @@ gpu_kernels.py. What a page holds is layout.py's; the numbers here are its 64-to
   ragged batches have no tail. A segment within one run leaves one partial, a segment cut by run borders one in each run.
 - Scores   S[16, 64] = Q[16, D] K[D, 64] by mma.sync m16n8k32 in s8: of each 16 rows the first 8 hold the high bytes of a
   16-bit fixed-point q, the others its low bytes, so that 256 hi + lo joins them in the lane that holds both.
+  Keys are unpacked in parts of the channels (unpack_hopper.key_parts): all of a tile's at once would not fit the registers.
 - Outputs  O[16, D] += P[16, 64] V[64, D] in the same way: p is 15-bit fixed point below a maximum that moves only when a
   tile overflows it. s32 accumulators are exact, so nothing else rescales them. Rounding is dithered by position: with a
   sink that takes most of the weight, a tail of many p below half a unit still counts.
@@ -398,12 +399,11 @@ _PROGRAM_SHARED_BYTES = 1024  # that a program takes beside what it asks for
 
 @functools.cache
 def tuning(cache_format: CacheFormat, row_sets: int) -> Tuning:
-    """As many programs an SM as keep their registers without spilling in the loop, and find room for their tiles.
+    """As many programs an SM as barely spill in the loop (H200, 2026-11-24) and find room for their tiles.
 
     Runs are equally long, so an SM's four schedulers want equally many programs.
     """
     head_size, stages, share_query = cache_format.head_size, 2, row_sets == 2
-    # H200, 2026-11-24
     warps = {64: 16, 128: 12, 256: 8}[head_size * row_sets]
     shared = stages * cache_format.layout.sub_page_bytes + _PROGRAM_SHARED_BYTES + share_query * 16 * row_sets * head_size
     fitting = min(warps, _SM_SHARED_BYTES // shared)

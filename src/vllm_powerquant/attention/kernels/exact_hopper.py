@@ -1,4 +1,4 @@
-"""exact.py's attention with one warp a program (Gluon): small enough to run beside decode_hopper.py's kernel.
+"""exact.py's attention with one warp a program (Gluon), so that programs start where decode_hopper.py's end.
 
 Sixteen query rows of a kv head are the rows of every product. Tokens (sinks, window, chunk, as one list) arrive sixteen at a
 time in shared memory by asynchronous copies, whichever of the three places they lie in.
@@ -18,7 +18,7 @@ from .cpu_kernels import ExactBlocks
 TOKENS = 16
 STAGES = 3
 MAX_SPLITS = 4
-# what 11 programs of the packed kernel leave of a multiprocessor's registers (H200, 2026-11-24)
+# no spills; no more than a program of the packed kernel frees when it ends (H200, 2026-11-24)
 MAX_REGISTERS = {64: 128, 128: 168, 256: 255}
 
 _MMA = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8]))

@@ -171,10 +171,12 @@ def merge_runs(
     num_requests, num_heads, head_size = tiles.shape[0], out.shape[1], out.shape[2]
     num_rows = num_requests * max_query_len * num_heads
     warps = num_warps(num_runs, num_requests * num_kv_heads * row_blocks)
-    # few segments have many partials each: a row a program, for more programs
-    rows = 1 if warps == MAX_WARPS else 4
+    if warps == MAX_WARPS:
+        # few segments with many partials each: a row a program, for more programs
+        rows, in_flight = 1, 8
+    else:
+        rows, in_flight = 4, 4 if warps > 1 else 2
     lanes = 32 // rows
-    partials = {1: 8, 4: 4 if warps > 1 else 2}[rows]  # that a warp has in flight
     _merge_kernel[(triton.cdiv(num_rows, rows),)](
         parts,
         lse,
@@ -199,7 +201,7 @@ def merge_runs(
         MAX_QUERIES=max_query_len,
         EXACT_PARTS=exact.shape[0],
         ROWS=rows,
-        PARTS=warps * max(1, partials * 128 // max(head_size, 128)),
+        PARTS=warps * max(1, in_flight * 128 // max(head_size, 128)),
         LANE_BITS=lanes.bit_length() - 1,
         REG_BITS=(head_size // lanes).bit_length() - 1,
         WARPS=warps,
