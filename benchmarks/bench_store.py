@@ -48,10 +48,15 @@ def powerquant(tokens: int, with_exact: bool = True) -> Setup:
     from vllm_powerquant.attention.kernels.gpu_kernels import GpuKernels
 
     cache_format = CacheFormat(HEAD_SIZE, 4, 2)
-    kernels = GpuKernels(
-        cache_format, num_heads=KV_HEADS, num_kv_heads=KV_HEADS, max_requests=1, device=torch.device(DEVICE)
-    )
     key, value = key_and_value(tokens)
+    kernels = GpuKernels(
+        cache_format,
+        num_heads=KV_HEADS,
+        num_kv_heads=KV_HEADS,
+        max_requests=1,
+        device=torch.device(DEVICE),
+        dtype=key.dtype,
+    )
     slot_mapping, num_blocks = slots(tokens, BLOCK_SIZE)
     slot_bytes = cache_format.layout.slot_bytes
     cache = torch.zeros(num_blocks, KV_HEADS, BLOCK_SIZE, slot_bytes, dtype=torch.uint8, device=DEVICE)

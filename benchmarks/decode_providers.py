@@ -72,6 +72,7 @@ def powerquant(case: Case, options: Options, hopper: bool = True) -> Attention:
         num_kv_heads=heads,
         max_requests=requests,
         device=query.device,
+        dtype=query.dtype,
         max_row_queries=case.num_queries,
         hopper=hopper,
     )

@@ -48,7 +48,7 @@ def split(tokens: int, heads: int, kv_heads: int, d: int) -> list[torch.Tensor]:
 
 def main(head_size: int, heads: int, kv_heads: int, max_requests: int, max_queries: int, exact: bool) -> None:
     fmt = CacheFormat(head_size)
-    kernels = GpuKernels(fmt, heads, kv_heads, max_requests, device, max_queries)
+    kernels = GpuKernels(fmt, heads, kv_heads, max_requests, device, dtype, max_queries)
     kernels.rows = rows_hopper.HopperRows(fmt, heads, kv_heads, max_requests, max_queries, device)
     workspace = Workspace(kv_heads, head_size, dtype, device, 2_048)
     kernels.warm_up(workspace, 128, 16 if exact else None, (128, 4))

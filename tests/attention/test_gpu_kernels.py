@@ -21,11 +21,13 @@ device = torch.device(DEVICE)
 # interpreter, which cuts bits off where a GPU rounds).
 LIMIT = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 2.5e-3 if DEVICE == "cuda" else 5e-3}
 KERNELS = [pytest.param(False, id="portable")]
+# what each kind of kernels has that rounds the least
+PRECISE = {False: torch.float32, True: torch.float16}
 # several query tokens are two sets of eight rows for the Hopper kernel, which it multiplies otherwise than one
 STEPS = [pytest.param(False, [1, 3, 2], torch.float32, id="portable")]
 if DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0):
     KERNELS.append(pytest.param(True, id="hopper"))
-    STEPS.append(pytest.param(True, [1, 3, 2], torch.float32, id="hopper-drafts"))
+    STEPS.append(pytest.param(True, [1, 3, 2], torch.float16, id="hopper-drafts"))
     STEPS.append(pytest.param(True, [1, 1, 1], torch.bfloat16, id="hopper"))
 
 
@@ -48,6 +50,7 @@ def attended(batch: Batch, hopper: bool, exact: ExactBlocks | None = None, centr
         batch.num_kv_heads,
         len(batch.queries),
         device,
+        batch.dtype,
         max(batch.queries),
         hopper=hopper,
     )
@@ -95,30 +98,42 @@ def test_query_groups(group, dtype, hopper):
 @pytest.mark.parametrize("head_size", [64, 128, 256])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 128, 129, 500, 2049])
 def test_context_lengths(length, head_size, hopper):
-    batch = filled(Batch(CacheFormat(head_size), [length - 1, length], [1, 1], 1, 4, torch.float32))
-    assert relative_rms(attended(batch, hopper), expected(batch)) < LIMIT[torch.float32]
+    batch = filled(Batch(CacheFormat(head_size), [length - 1, length], [1, 1], 1, 4, PRECISE[hopper]))
+    assert relative_rms(attended(batch, hopper), expected(batch)) < LIMIT[PRECISE[hopper]]
 
 
 @pytest.mark.parametrize("hopper", KERNELS)
 @pytest.mark.parametrize("residual_tokens, sink_tokens", [(128, 4), (128, 0), (0, 4), (0, 16), (1, 0), (2, 4), (4096, 4)])
 @pytest.mark.parametrize("queries", [1, 5])
 def test_exact_blocks(residual_tokens, sink_tokens, queries, hopper):
-    batch = Batch(CacheFormat(64), [700, 90, 3, 200], [queries] * 4, 2, 3, torch.float32)
+    batch = Batch(CacheFormat(64), [700, 90, 3, 200], [queries] * 4, 2, 3, PRECISE[hopper])
     exact = batch.exact_blocks(residual_tokens, sink_tokens)
     filled(batch, exact)
     # null blocks in the middle of the window, as after chunked prefill: read packed there
     batch.exact_table[0, 38:41] = 0
-    assert relative_rms(attended(batch, hopper, exact), expected(batch, exact)) < LIMIT[torch.float32]
+    assert relative_rms(attended(batch, hopper, exact), expected(batch, exact)) < LIMIT[PRECISE[hopper]]
+
+
+@pytest.mark.parametrize("hopper", KERNELS)
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize("exact_block_size", [8, 32, 64])
+def test_exact_block_sizes(exact_block_size, head_size, hopper):
+    batch = Batch(CacheFormat(head_size), [300, 77], [1, 3], 2, 3, PRECISE[hopper], exact_block_size=exact_block_size)
+    exact = batch.exact_blocks(128, 4)
+    filled(batch, exact)
+    # a null block inside the window: read packed there
+    batch.exact_table[0, 200 // exact_block_size] = 0
+    assert relative_rms(attended(batch, hopper, exact), expected(batch, exact)) < LIMIT[PRECISE[hopper]]
 
 
 @pytest.mark.parametrize("hopper", KERNELS)
 def test_key_centre(hopper):
-    batch = Batch(CacheFormat(64), [300, 20], [1, 4], 2, 3, torch.float32)
+    batch = Batch(CacheFormat(64), [300, 20], [1, 4], 2, 3, PRECISE[hopper])
     centre = 2 * torch.randn(2, 64, generator=torch.Generator().manual_seed(3))
     exact = batch.exact_blocks(64, 4)
     filled(batch, exact, centre)
     got = attended(batch, hopper, exact, centre)
-    assert relative_rms(got, expected(batch, exact, centre)) < LIMIT[torch.float32]
+    assert relative_rms(got, expected(batch, exact, centre)) < LIMIT[PRECISE[hopper]]
 
 
 @pytest.mark.parametrize("hopper", KERNELS)
@@ -134,16 +149,16 @@ def test_only_exact_blocks(hopper):
 @pytest.mark.parametrize("hopper", KERNELS)
 @pytest.mark.parametrize("scale", [0.1, 1.0, 6.0], ids=["flat", "plain", "spiky"])
 def test_score_ranges(scale, hopper):
-    batch = Batch(CacheFormat(128), [3000], [1], 2, 4, torch.float32)
+    batch = Batch(CacheFormat(128), [3000], [1], 2, 4, PRECISE[hopper])
     batch.query *= scale
     filled(batch)
-    assert relative_rms(attended(batch, hopper), expected(batch)) < LIMIT[torch.float32]
+    assert relative_rms(attended(batch, hopper), expected(batch)) < LIMIT[PRECISE[hopper]]
 
 
 @pytest.mark.parametrize("hopper", KERNELS)
 def test_a_packed_sink_does_not_hide_the_tail(hopper):
     """Token 0 takes most of the weight; what the others add must still count."""
-    batch = Batch(CacheFormat(64), [2000], [1], 1, 1, torch.float32)
+    batch = Batch(CacheFormat(64), [2000], [1], 1, 1, PRECISE[hopper])
     batch.keys[0][0] = batch.query[0] * 2
     batch.values[0][:] = batch.values[0].abs()
     batch.values[0][0] = 0
@@ -154,18 +169,18 @@ def test_a_packed_sink_does_not_hide_the_tail(hopper):
 @pytest.mark.parametrize("hopper", KERNELS)
 def test_requests_without_queries_or_context(hopper):
     """Padding of a CUDA graph's batch, in front, between and behind."""
-    batch = filled(Batch(CacheFormat(128), [0, 300, 0, 0, 70, 0], [0, 1, 0, 1, 1, 0], 2, 4, torch.float32))
-    assert relative_rms(attended(batch, hopper), expected(batch)) < LIMIT[torch.float32]
+    batch = filled(Batch(CacheFormat(128), [0, 300, 0, 0, 70, 0], [0, 1, 0, 1, 1, 0], 2, 4, PRECISE[hopper]))
+    assert relative_rms(attended(batch, hopper), expected(batch)) < LIMIT[PRECISE[hopper]]
 
 
 @pytest.mark.parametrize("hopper", KERNELS)
 def test_pages_of_several_layers_in_one_pool(hopper):
-    batch = filled(Batch(CacheFormat(128), [300, 77], [1, 2], 2, 4, torch.float32))
+    batch = filled(Batch(CacheFormat(128), [300, 77], [1, 2], 2, 4, PRECISE[hopper]))
     want, (blocks, heads, size, slot) = expected(batch), batch.cache.shape
     pool = torch.full((blocks, 3, heads, size, slot), 0xA5, dtype=torch.uint8, device=device)
     pool[:, 1] = batch.cache.to(device)
     batch.cache = pool[:, 1]
-    assert relative_rms(attended(batch, hopper), want) < LIMIT[torch.float32]
+    assert relative_rms(attended(batch, hopper), want) < LIMIT[PRECISE[hopper]]
 
 
 @pytest.mark.parametrize("hopper", KERNELS)
@@ -180,7 +195,7 @@ def test_same_bits_every_time(hopper):
 @pytest.mark.parametrize("hopper", KERNELS)
 @pytest.mark.parametrize("exact_block_size", [None, 16], ids=["all-packed", "exact"])
 def test_warm_up_runs_every_launch(exact_block_size, hopper):
-    kernels = GpuKernels(CacheFormat(64), 6, 2, 5, device, 3, hopper=hopper)
+    kernels = GpuKernels(CacheFormat(64), 6, 2, 5, device, torch.bfloat16, 3, hopper=hopper)
     workspace = Workspace(2, 64, torch.bfloat16, device, 1024)
     kernels.warm_up(workspace, 128, exact_block_size, (128, 4))
 

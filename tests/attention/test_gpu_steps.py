@@ -20,7 +20,7 @@ class Step:
     def __init__(self, batch: Batch, residual_tokens: int, sink_tokens: int, hopper: bool) -> None:
         self.batch, self.queries = batch, max(batch.queries)
         heads, kv_heads, requests = batch.num_kv_heads * batch.group, batch.num_kv_heads, len(batch.queries)
-        self.kernels = GpuKernels(batch.format, heads, kv_heads, requests, device, self.queries, hopper=hopper)
+        self.kernels = GpuKernels(batch.format, heads, kv_heads, requests, device, batch.dtype, self.queries, hopper=hopper)
         self.cache, self.exact_cache = batch.cache.to(device), batch.exact_cache.to(device)
         self.exact = ExactBlocks(self.exact_cache, residual_tokens, sink_tokens)
         self.table, self.exact_table = batch.block_table.to(device), batch.exact_table.to(device)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from helpers import DEVICE
-from vllm_powerquant.attention.kernels.plan import plan_runs, run_of, run_start
+from vllm_powerquant.attention.kernels.plan import RUN_FIELDS, plan_runs, run_of, run_start
 from vllm_powerquant.attention.kernels.step import StepPlan
 
 COST = 4
@@ -33,22 +33,34 @@ def test_runs_cover_the_total_and_differ_by_one(total, num_runs):
         assert of[position] == max(i for i in range(num_runs) if starts[i] <= position)
 
 
-def plan(contexts, queries, heads=6, residual=0, table=None):
+def plan(contexts, queries, heads=6, residual=0, sinks=0, table=None, num_runs=40):
     lens = torch.tensor([c + q for c, q in zip(contexts, queries, strict=True)], dtype=torch.int32, device=DEVICE)
     starts = torch.tensor([0, *queries], device=DEVICE).cumsum(0).int()
-    tiles = torch.full((len(contexts),), -1, dtype=torch.int32, device=DEVICE)
-    cost = torch.full((len(contexts) + 1,), -1, dtype=torch.int32, device=DEVICE)
-    plan_runs(
-        starts, lens, tiles, cost, heads, COST, len(contexts), residual, 16, None if table is None else table.to(DEVICE)
-    )
-    return tiles.tolist(), cost.tolist()
+    n = len(contexts)
+    tiles = torch.full((2 * n,), -1, dtype=torch.int32, device=DEVICE)
+    cost = torch.full((2 * n + 1,), -1, dtype=torch.int32, device=DEVICE)
+    runs = torch.full((num_runs, RUN_FIELDS), -1, dtype=torch.int32, device=DEVICE)
+    table = None if table is None else table.to(DEVICE)
+    plan_runs(starts, lens, tiles, cost, runs, heads, COST, n, residual, sinks, 16, table)
+    return tiles[:n].tolist(), tiles[n:].tolist(), cost.tolist(), runs.tolist()
 
 
 def test_tiles_and_their_cost():
-    tiles, cost = plan([0, 1, 64, 65, 500, 9], [1, 1, 2, 1, 1, 0])
+    units, tiles, cost, _ = plan([0, 1, 64, 65, 500, 9], [1, 1, 20, 1, 1, 0])
     # a request without queries is padding, whatever its length says
+    assert units == [1, 1, 2, 1, 1, 0]
     assert tiles == [0, 1, 1, 2, 8, 0]
-    assert cost == [0, 0, 30, 60, 96, 168, 168]
+    assert cost == [0, 30, 60, 96, 126, 156, 156, 156, 186, 216, 252, 324, 324]
+
+
+def test_units_of_exact_tokens():
+    """Sixteen positions each of the sinks' block, of the window's blocks, and of the queries themselves."""
+    table = torch.ones(4, 40, dtype=torch.int32)
+    units, *_ = plan([500, 130, 100, 2], [1, 4, 17, 1], residual=128, sinks=4, table=table)
+    # windows are 373 .. 500, 4 .. 130, 4 .. 100 and nothing: the last request is all sinks
+    assert units == [1 + 9 + 1, 1 + 9 + 1, 1 + 7 + 2, 1 + 0 + 1]
+    units, *_ = plan([500, 0], [1, 1], sinks=4)
+    assert units == [1 + 0 + 1, 1]
 
 
 def test_tiles_inside_a_whole_window_are_not_read():
@@ -56,13 +68,30 @@ def test_tiles_inside_a_whole_window_are_not_read():
     table[1, 30] = 0  # one block of the second request's window is null: its last 127 tokens are read packed
     table[2, 20] = 0  # before the window: does not count
     contexts = [500, 500, 500, 100]
-    tiles, _ = plan(contexts, [1, 1, 1, 1], residual=128, table=table)
+    _, tiles, *_ = plan(contexts, [1, 1, 1, 1], residual=128, table=table)
     assert tiles == [-(-(500 - 127) // 64), 8, -(-(500 - 127) // 64), 0]
 
 
 def test_a_window_of_one_token_is_the_query_itself():
     table = torch.ones(1, 40, dtype=torch.int32)
-    assert plan([500], [1], residual=1, table=table)[0] == [8]
+    assert plan([500], [1], residual=1, table=table)[1] == [8]
+
+
+@pytest.mark.parametrize("num_runs", [1, 40, 1000])
+def test_runs_begin_in_their_entry(num_runs):
+    contexts, queries = [0, 700, 64, 9, 3000, 9], [1, 1, 2, 0, 1, 0]
+    units, tiles, cost, runs = plan(contexts, queries, sinks=4, num_runs=num_runs)
+    end_of_run = 0
+    for x, x_end, entry, entry_tiles, begin, end, query0, num_queries, context in runs:
+        assert x == end_of_run
+        end_of_run = x_end
+        if x == x_end:
+            continue
+        request = entry % len(contexts)
+        assert begin <= x < end and (begin, end) == (cost[entry], cost[entry + 1])
+        assert entry_tiles == (units + tiles)[entry]
+        assert (query0, num_queries, context) == (sum(queries[:request]), queries[request], contexts[request])
+    assert end_of_run == cost[-1]
 
 
 def test_longest_sequence_while_a_graph_is_captured():

@@ -254,7 +254,8 @@ class PowerQuantImpl(AttentionImpl):
         # a CUDA graph's batch is padded to the size it was captured with
         most = self._vllm_config.scheduler_config.max_num_seqs
         most = max(most, self._vllm_config.compilation_config.max_cudagraph_capture_size or 0)
-        return GpuKernels.of(cache_format, self.num_heads, self.num_kv_heads, most, device, queries)
+        dtype = self._vllm_config.model_config.dtype
+        return GpuKernels.of(cache_format, self.num_heads, self.num_kv_heads, most, device, dtype, queries)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Called for every layer before vLLM asks for its cache's spec, and again when weights are reloaded."""

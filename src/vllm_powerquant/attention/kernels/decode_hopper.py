@@ -1,11 +1,13 @@
-"""Attention of few queries over packed pages on NVIDIA Hopper: one warp a program, integer tensor cores (Gluon, inline PTX).
+"""Attention of few queries on NVIDIA Hopper: one warp a program, integer tensor cores (Gluon, inline PTX).
 
-The portable kernel, decode.py, computes the same partials from the same bytes; which of the two runs is decided in
+The portable kernels, exact.py and decode.py, compute the same partials from the same bytes; which run is decided in
 gpu_kernels.py. What a page holds is layout.py's; the numbers here are its 64-token sub-pages ("tiles").
 
 - A program is one warp and never meets another: no barrier, no shared maximum. All (request, kv head, row block) segments of
-  the batch, each `num_tiles + SEGMENT_COST` long, are laid end to end and cut into equal runs, one a program (stream-K), so
-  ragged batches have no tail. A segment within one run leaves one partial, a segment cut by run borders one in each run.
+  the batch are laid end to end, first those of exact tokens (exact_hopper.py), then those of packed ones, each `tiles +
+  SEGMENT_COST` long, and cut into equal runs, one a program (stream-K), so ragged batches have no tail. A segment within
+  one run leaves one partial, a segment cut by run borders one in each run.
+- Queries are rotated by the program that needs them, while its first tile is on its way (queries_hopper.py).
 - Scores   S[16, 64] = Q[16, D] K[D, 64] by mma.sync m16n8k32 in s8: of each 16 rows the first 8 hold the high bytes of a
   16-bit fixed-point q, the others its low bytes, so that 256 hi + lo joins them in the lane that holds both.
   Keys are unpacked in parts of the channels (unpack_hopper.key_parts): all of a tile's at once would not fit the registers.
@@ -22,20 +24,32 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..cache_format import CacheFormat
 from ..layout import SUB_PAGE_TOKENS
-from .plan import run_start
-from .unpack_hopper import key_asm, key_parts, key_width, load_keys, load_values, value_asm
+from .cpu_kernels import ExactBlocks
+from .exact_hopper import attend_exact
+from .hadamard_hopper import scaled_signs
+from .plan import EXACT_TOKENS, RUN_FIELDS, load_entry, load_run
+from .queries_hopper import load_queries, rotated_queries, split_bytes, sum_of_fixed
+from .unpack_hopper import (
+    in_key_order,
+    key_asm,
+    key_channel_dims,
+    key_parts,
+    key_width,
+    load_keys,
+    load_values,
+    value_asm,
+)
 
-SEGMENT_COST = 4  # tiles that entering a segment costs: query, first copies, first maximum (H200, 2026-11-22)
+SEGMENT_COST = 5  # tiles that entering a segment costs: query, first copies, first maximum (H200, 2026-11-24)
 
-_MMA = {rows: gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8]) for rows in (1, 2)}
+_MMA = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
 # p [8 * R, 64 positions]: a lane holds 16 consecutive positions of one row in each block of 8
 _P = {
     r: gl.DistributedLinearLayout(
@@ -61,11 +75,6 @@ _SUM = {
 # the bits of 2^23 + 128 + the largest p; a moved maximum is placed at 2^13
 _OVERFLOW = gl.constexpr(0x4B000000 + 128 + 32639)
 _PLACE = gl.constexpr(13.0)
-_SPLIT_P = gl.constexpr(
-    # four words whose low 16 bits are p + 128 -> four high bytes, four signed low bytes
-    "{ .reg .b32 s, t, u; prmt.b32 s, $2, $3, 0x5140; prmt.b32 t, $4, $5, 0x5140; prmt.b32 $0, s, t, 0x7632; "
-    "prmt.b32 u, s, t, 0x5410; xor.b32 $1, u, 0x80808080; }"
-)
 
 
 @gluon.jit
@@ -75,10 +84,37 @@ def _ex2(x):
 
 
 @gluon.jit
-def _copy_plane(smem, base, mask, ROWS: gl.constexpr, WIDTH: gl.constexpr, L: gl.constexpr):
+def _copy_plane(smem, base, mask, ROWS: gl.constexpr, WIDTH: gl.constexpr, LANE_BYTES: gl.constexpr):
+    ACROSS: gl.constexpr = max(1, WIDTH // LANE_BYTES)
+    L: gl.constexpr = gl.BlockedLayout([1, min(LANE_BYTES, WIDTH)], [32 // ACROSS, ACROSS], [1, 1], [1, 0])
     r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
     c = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, L))
     async_copy.async_copy_global_to_shared(smem, base + r[:, None] * WIDTH + c[None, :], mask=mask)
+
+
+@gluon.jit
+def _copy_tile(
+    k0, k1, v0, v1, n, page, t, t1,
+    D: gl.constexpr, KEY_BITS: gl.constexpr, VALUE_BITS: gl.constexpr, BLOCK_TILES: gl.constexpr,
+):  # fmt: skip
+    """Start the copy of tile t, if it is below t1, from its page to a stage of shared memory."""
+    K0: gl.constexpr = D * (2 if KEY_BITS == 3 else KEY_BITS) // 8
+    V0: gl.constexpr = D * (2 if VALUE_BITS == 3 else VALUE_BITS) // 8
+    KEYS: gl.constexpr = 8 * D * KEY_BITS  # bytes of all keys of a tile
+    VALUES: gl.constexpr = 8 * D * VALUE_BITS
+    TILE: gl.constexpr = KEYS + VALUES + 256
+    base = page + (t % BLOCK_TILES) * TILE
+    ok = t < t1
+    _copy_plane(k0, base, ok, 64, K0, 16)
+    if KEY_BITS == 3:
+        _copy_plane(k1, base + 64 * K0, ok, 64, D // 8, 16)
+    _copy_plane(v0, base + KEYS, ok, V0, 64, 16)
+    if VALUE_BITS == 3:
+        _copy_plane(v1, base + KEYS + 64 * V0, ok, D // 8, 64, 16)
+    L: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
+    scales = (base + KEYS + VALUES).to(gl.pointer_type(gl.float16))
+    async_copy.async_copy_global_to_shared(n, scales + gl.arange(0, 128, layout=L), mask=ok)
+    async_copy.commit_group()
 
 
 @gluon.jit
@@ -102,9 +138,14 @@ def _whole(a, R: gl.constexpr, N: gl.constexpr):
 
 
 @gluon.jit
+def _stacked(hi, lo, R: gl.constexpr, N: gl.constexpr):
+    """[8 * R, N] twice -> [16 * R, N]: of each 16 rows, 8 of the first and 8 of the second."""
+    return gl.join(hi, lo).reshape([R, 8, N, 2]).permute([0, 3, 1, 2]).reshape([16 * R, N])
+
+
+@gluon.jit
 def _join_halves(hi, lo, R: gl.constexpr, N: gl.constexpr, L: gl.constexpr):
-    both = gl.join(hi, lo).reshape([R, 8, N, 2]).permute([0, 3, 1, 2]).reshape([16 * R, N])
-    return gl.convert_layout(both, L, assert_trivial=True)
+    return gl.convert_layout(_stacked(hi, lo, R, N), L, assert_trivial=True)
 
 
 @gluon.jit
@@ -119,36 +160,50 @@ def _rescale(a, factor, R: gl.constexpr, N: gl.constexpr, L: gl.constexpr):
     return _join_halves(high.to(gl.int32), low.to(gl.int32), R, N, L)
 
 
+@gluon.jit
+def _next_request(b, end, num_entries, cost_ptr):
+    """The first entry behind b that is not empty, or the last."""
+    b += 1
+    while (b < num_entries - 1) & (gl.load(cost_ptr + gl.minimum(b, num_entries - 1) + 1) == end):
+        b += 1
+    return gl.minimum(b, num_entries - 1)
+
+
 @gluon.jit(do_not_specialize=["num_requests", "stride_table", "stride_exact_table"])
-def _packed_kernel(
-    q_high_ptr,        # [num_tokens * num_heads, D] int8, channels in the order of key_channel_order
-    q_low_ptr,         # the same
-    q_offset_ptr,      # [num_tokens * num_heads] int32, half the sum of a query's 16-bit coordinates
-    q_scale_ptr,       # [num_tokens * num_heads] fp32
+def _decode_kernel(
+    query_ptr,         # [num_tokens, num_heads, D]
+    key_ptr,           # [num_tokens, KV_HEADS, D], the step's own
+    value_ptr,
     cache_ptr,         # uint8, pages
     block_table_ptr,   # [num_requests, ...] int32
-    cost_ptr,          # [num_requests + 1] int32, cost of the segments before each request
-    tiles_ptr,         # [num_requests] int32
+    exact_ptr,         # [num_blocks, KV_HEADS, EXACT_BLOCK, 2 * D]
+    exact_table_ptr,   # [num_requests, ...] int32, 0 = null block
+    centre_ptr,        # [KV_HEADS, D] fp32
+    signs_ptr,         # [D] fp32, scaled_signs
+    tiles_ptr,         # [2 * num_requests] int32: units of exact tokens, then tiles of packed ones
+    cost_ptr,          # [2 * num_requests + 1] int32, cost of the segments before each
+    runs_ptr,          # [num_runs, RUN_FIELDS] int32
     query_start_ptr,   # [num_requests + 1] int32
     seq_lens_ptr,      # [num_requests] int32
-    exact_table_ptr,   # [num_requests, ...] int32
-    out_ptr,           # [2 * num_runs + num_requests * HEADS, 8 * R, D] fp32 partials
+    out_ptr,           # [2 * num_runs + 2 * num_requests * HEADS, 8 * R, D] fp32 partials: exact raw, packed rotated
     lse_ptr,           # [.., 8 * R] fp32, in bits (log2)
+    scale, unit,
     num_requests, num_runs,
     stride_table, stride_exact_table,
+    stride_q_token: gl.int64, stride_q_head: gl.int64, stride_k_token: gl.int64, stride_k_head: gl.int64,
+    stride_v_token: gl.int64, stride_v_head: gl.int64,
     stride_block: gl.int64, stride_head: gl.int64,
+    stride_exact: gl.int64, stride_exact_head: gl.int64,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, ROW_BLOCKS: gl.constexpr, R: gl.constexpr, D: gl.constexpr,
     KEY_BITS: gl.constexpr, VALUE_BITS: gl.constexpr, VALUE_STEP: gl.constexpr,
-    KEY_ASM: gl.constexpr, VALUE_ASM: gl.constexpr,
+    KEY_ASM: gl.constexpr, VALUE_ASM: gl.constexpr, KEY_SHAPE: gl.constexpr, KEY_AXES: gl.constexpr,
     BLOCK_TILES: gl.constexpr, RESIDUAL: gl.constexpr, SINKS: gl.constexpr, EXACT_BLOCK: gl.constexpr,
-    STAGES: gl.constexpr, REQUESTS: gl.constexpr, COST: gl.constexpr, SHARE_QUERY: gl.constexpr, KEY_PARTS: gl.constexpr,
+    HAS_CENTRE: gl.constexpr, EXACT_STAGES: gl.constexpr,
+    STAGES: gl.constexpr, FIELDS: gl.constexpr, COST: gl.constexpr, SHARE_QUERY: gl.constexpr, KEY_PARTS: gl.constexpr,
     MMA: gl.constexpr, LP: gl.constexpr, LSUM: gl.constexpr, LKEY: gl.constexpr, LQUERY: gl.constexpr,
 ):  # fmt: skip
     K0: gl.constexpr = D * (2 if KEY_BITS == 3 else KEY_BITS) // 8  # bytes a token of the first key plane
     V0: gl.constexpr = D * (2 if VALUE_BITS == 3 else VALUE_BITS) // 8
-    KEYS: gl.constexpr = 8 * D * KEY_BITS  # bytes of all keys of a tile
-    VALUES: gl.constexpr = 8 * D * VALUE_BITS
-    TILE: gl.constexpr = KEYS + VALUES + 256
     PART: gl.constexpr = D // KEY_PARTS  # channels of which the keys are in registers at once
     HEADS: gl.constexpr = KV_HEADS * ROW_BLOCKS
     LQ: gl.constexpr = gl.DotOperandLayout(0, MMA, LQUERY)
@@ -159,21 +214,48 @@ def _packed_kernel(
     LPOS: gl.constexpr = gl.SliceLayout(0, LP)
     FLAT2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     FLAT1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    LC_K0: gl.constexpr = gl.BlockedLayout([1, min(16, K0)], [32 // max(1, K0 // 16), max(1, K0 // 16)], [1, 1], [1, 0])
-    LC_K1: gl.constexpr = gl.BlockedLayout([1, min(16, D // 8)], [32 // max(1, D // 128), max(1, D // 128)], [1, 1], [1, 0])
-    LC_V: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [1, 1], [1, 0])
-    LC_N: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
-    LB: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    QUERY_SHARED: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 8, [1, 0])
 
     gdc_launch_dependents()
     run = gl.program_id(0)
-    total = gl.load(cost_ptr + num_requests)
-    x = run_start(run, total, num_runs)
-    x_end = run_start(run + 1, total, num_runs)
+    num_entries = 2 * num_requests
+    x, x_end, b, tiles, begin, end, query0, queries, context = load_run(runs_ptr + run * FIELDS)
+    slot = 0
+    # the line's first part: exact tokens
+    while (x < x_end) & (b < num_requests):
+        segment = (x - begin) // (tiles + COST)
+        start = x - begin - segment * (tiles + COST)
+        take = gl.minimum(tiles + COST - start, x_end - x)
+        t0 = gl.maximum(start - COST, 0)
+        t1 = start + take - COST
+        if t1 > t0:
+            head = segment // ROW_BLOCKS
+            row0 = (segment % ROW_BLOCKS) * (8 * R)
+            out, lse = attend_exact(
+                t0, t1, row0, query0, queries, context, head, exact_table_ptr + b.to(gl.int64) * stride_exact_table,
+                query_ptr, key_ptr, value_ptr, exact_ptr, centre_ptr, scale,
+                stride_q_token, stride_q_head, stride_k_token, stride_k_head, stride_v_token, stride_v_head,
+                stride_exact, stride_exact_head,
+                GROUP, 8 * R, D, EXACT_BLOCK, RESIDUAL, SINKS, HAS_CENTRE, EXACT_STAGES, MMA,
+            )  # fmt: skip
+            if (t0 == 0) & (t1 == tiles):
+                index = 2 * num_runs + b * HEADS + segment
+            else:
+                index = 2 * run + slot
+            g = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))
+            col = gl.arange(0, D, layout=gl.SliceLayout(0, MMA))
+            valid = ((row0 + g) // GROUP < queries) & (g < 8 * R)
+            gl.store(out_ptr + (index * (8 * R) + g).to(gl.int64)[:, None] * D + col[None, :], out, mask=valid[:, None])
+            gl.store(lse_ptr + index * (8 * R) + g, lse, mask=valid)
+        slot = 1
+        x += take
+        if x >= end:
+            b = _next_request(b, end, num_entries, cost_ptr)
+            tiles, begin, end, query0, queries, context = load_entry(
+                b, tiles_ptr, cost_ptr, query_start_ptr, seq_lens_ptr, num_requests
+            )
+    # its second part: packed tokens
     if x < x_end:
-        i = gl.arange(0, REQUESTS, layout=LB)
-        ends = gl.load(cost_ptr + 1 + i, mask=i < num_requests, other=0x7FFFFFFF)
-        b = gl.sum((ends <= x).to(gl.int32), 0)
         k0 = gl.allocate_shared_memory(gl.uint8, [STAGES, 64, K0], FLAT2)
         v0 = gl.allocate_shared_memory(gl.uint8, [STAGES, V0, 64], FLAT2)
         n = gl.allocate_shared_memory(gl.float16, [STAGES, 128], FLAT1)
@@ -186,105 +268,66 @@ def _packed_kernel(
         else:
             v1 = v0
         if SHARE_QUERY:
-            q_smem = gl.allocate_shared_memory(gl.int8, [16 * R, D], gl.SwizzledSharedLayout(16, 1, 8, [1, 0]))
-        slot = 0
+            q_smem = gl.allocate_shared_memory(gl.int8, [16 * R, D], QUERY_SHARED)
+        else:
+            # where the last tile in flight is not yet on its way
+            q_smem = k0.index(STAGES - 1)._reinterpret(gl.int8, [16 * R, D], QUERY_SHARED)
         while x < x_end:
-            tiles = gl.load(tiles_ptr + b)
-            first = gl.load(cost_ptr + b)
-            segment = (x - first) // (tiles + COST)
-            start = x - first - segment * (tiles + COST)
+            request = b - num_requests
+            segment = (x - begin) // (tiles + COST)
+            start = x - begin - segment * (tiles + COST)
             take = gl.minimum(tiles + COST - start, x_end - x)
             t0 = gl.maximum(start - COST, 0)
             t1 = start + take - COST
             if t1 > t0:
                 head = segment // ROW_BLOCKS
-                query0 = gl.load(query_start_ptr + b)
-                query1 = gl.load(query_start_ptr + b + 1)
-                context = gl.load(seq_lens_ptr + b) - (query1 - query0)
-                table = block_table_ptr + b.to(gl.int64) * stride_table
-                exact_table = exact_table_ptr + b.to(gl.int64) * stride_exact_table
+                table = block_table_ptr + request.to(gl.int64) * stride_table
+                exact_table = exact_table_ptr + request.to(gl.int64) * stride_exact_table
                 pages = cache_ptr + head * stride_head
                 plain_end = context
                 if RESIDUAL > 0:
                     plain_end = context - RESIDUAL + 1
-                for s in gl.static_range(STAGES - 1):
-                    t = gl.minimum(t0 + s, tiles - 1)
-                    page = gl.load(table + t // BLOCK_TILES).to(gl.int64)
-                    base = pages + page * stride_block + (t % BLOCK_TILES) * TILE
-                    ok = t0 + s < t1
-                    _copy_plane(k0.index(s), base, ok, 64, K0, LC_K0)
-                    if KEY_BITS == 3:
-                        _copy_plane(k1.index(s), base + 64 * K0, ok, 64, D // 8, LC_K1)
-                    _copy_plane(v0.index(s), base + KEYS, ok, V0, 64, LC_V)
-                    if VALUE_BITS == 3:
-                        _copy_plane(v1.index(s), base + KEYS + 64 * V0, ok, D // 8, 64, LC_V)
-                    async_copy.async_copy_global_to_shared(
-                        n.index(s),
-                        (base + KEYS + VALUES).to(gl.pointer_type(gl.float16)) + gl.arange(0, 128, layout=LC_N),
-                        mask=ok,
-                    )
-                    async_copy.commit_group()
-
-                # only the queries come from the kernel before
-                gdc_wait()
-                # rows (high bytes, low bytes) of 8 queries each; row j of the block is query j // GROUP, head j % GROUP
-                LQROW: gl.constexpr = gl.SliceLayout(1, LQ)
                 row0 = (segment % ROW_BLOCKS) * (8 * R)
-                r16 = gl.arange(0, 16 * R, layout=LQROW)
-                j = row0 + (r16 // 16) * 8 + r16 % 8
-                token = query0 + j // GROUP
-                row = (token * KV_HEADS + head) * GROUP + j % GROUP
-                is_low = (r16 % 16) >= 8
+                raw_query, signs = load_queries(
+                    query_ptr, signs_ptr, row0, query0, queries, head, stride_q_token, stride_q_head, GROUP, 8 * R, D
+                )
+                for s in gl.static_range(STAGES - 1):
+                    page = gl.load(table + gl.minimum(t0 + s, tiles - 1) // BLOCK_TILES).to(gl.int64)
+                    _copy_tile(
+                        k0.index(s), k1.index(s), v0.index(s), v1.index(s), n.index(s),
+                        pages + page * stride_block, t0 + s, t1, D, KEY_BITS, VALUE_BITS, BLOCK_TILES,
+                    )  # fmt: skip
+                page = gl.load(table + gl.minimum(t0 + STAGES - 1, tiles - 1) // BLOCK_TILES).to(gl.int64)
+
+                fixed, query_scale = rotated_queries(raw_query, signs, unit)
+                # rows (high bytes, low bytes) of 8 queries each
+                q_high, q_low = split_bytes(fixed)
+                q_smem.store(in_key_order(_stacked(q_high, q_low, R, D), KEY_SHAPE, KEY_AXES))
                 q = ()
-                for part in gl.static_range(KEY_PARTS):
-                    d = part * PART + gl.arange(0, PART, layout=gl.SliceLayout(0, LQ))
-                    at = row[:, None] * D + d[None, :]
-                    real = (token < query1)[:, None] & (d >= 0)[None, :]
-                    high = gl.load(q_high_ptr + at, mask=real & ~is_low[:, None], other=0)
-                    low = gl.load(q_low_ptr + at, mask=real & is_low[:, None], other=0)
-                    if SHARE_QUERY:
-                        q_smem.slice(part * PART, PART, 1).store(high | low)
-                    else:
-                        q = q + (high | low,)
-                LMROW: gl.constexpr = gl.SliceLayout(1, MMA)
-                r16 = gl.arange(0, 16 * R, layout=LMROW)
-                j = row0 + (r16 // 16) * 8 + r16 % 8
-                token = query0 + j // GROUP
-                row = (token * KV_HEADS + head) * GROUP + j % GROUP
-                offset = gl.load(q_offset_ptr + row, mask=(token < query1) & (r16 % 16 >= 8), other=0)
-                c0 = offset[:, None] + gl.zeros([16 * R, 64], gl.int32, layout=MMA)
+                if not SHARE_QUERY:
+                    for part in gl.static_range(KEY_PARTS):
+                        q = q + (q_smem.slice(part * PART, PART, 1).load(LQ),)
+                # half the sum of the coordinates, for the 1/2 that every level lacks, in the rows of the low bytes
+                half = sum_of_fixed(fixed) >> 1
+                half = gl.join(half * 0, half).reshape([R, 8, 2]).permute([0, 2, 1]).reshape([16 * R])
+                c0 = gl.convert_layout(half, gl.SliceLayout(1, MMA))[:, None] + gl.zeros([16 * R, 64], gl.int32, layout=MMA)
+                qs = gl.convert_layout(query_scale, LROW)
                 r8 = gl.arange(0, 8 * R, layout=LROW)
-                token = query0 + (row0 + r8) // GROUP
-                row = (token * KV_HEADS + head) * GROUP + (row0 + r8) % GROUP
-                qs = gl.load(q_scale_ptr + row, mask=token < query1, other=0.0)
 
                 m = gl.full([8 * R], -1e30, gl.float32, layout=LROW)
                 norm = gl.zeros([8 * R, 4], gl.float32, layout=LSUM)
                 acc = gl.zeros([16 * R, D], gl.int32, layout=MMA)
                 ones = gl.zeros([16 * R, 8], gl.int32, layout=MMA)
-                t = gl.minimum(t0 + STAGES - 1, tiles - 1)
-                page = gl.load(table + t // BLOCK_TILES).to(gl.int64)
-                into = STAGES - 1
+                # the queries are out of it by now
+                last: gl.constexpr = STAGES - 1
+                _copy_tile(
+                    k0.index(last), k1.index(last), v0.index(last), v1.index(last), n.index(last),
+                    pages + page * stride_block, t0 + last, t1, D, KEY_BITS, VALUE_BITS, BLOCK_TILES,
+                )  # fmt: skip
+                page = gl.load(table + gl.minimum(t0 + STAGES, tiles - 1) // BLOCK_TILES).to(gl.int64)
                 at_stage = 0
                 for t in range(t0, t1):
-                    async_copy.wait_group(STAGES - 2)
-                    ahead = t + STAGES - 1
-                    base = pages + page * stride_block + (ahead % BLOCK_TILES) * TILE
-                    ok = ahead < t1
-                    _copy_plane(k0.index(into), base, ok, 64, K0, LC_K0)
-                    if KEY_BITS == 3:
-                        _copy_plane(k1.index(into), base + 64 * K0, ok, 64, D // 8, LC_K1)
-                    _copy_plane(v0.index(into), base + KEYS, ok, V0, 64, LC_V)
-                    if VALUE_BITS == 3:
-                        _copy_plane(v1.index(into), base + KEYS + 64 * V0, ok, D // 8, 64, LC_V)
-                    async_copy.async_copy_global_to_shared(
-                        n.index(into),
-                        (base + KEYS + VALUES).to(gl.pointer_type(gl.float16)) + gl.arange(0, 128, layout=LC_N),
-                        mask=ok,
-                    )
-                    async_copy.commit_group()
-                    page = gl.load(table + gl.minimum(ahead + 1, tiles - 1) // BLOCK_TILES).to(gl.int64)
-
+                    async_copy.wait_group(STAGES - 1)
                     scales = n.index(at_stage)
                     scores = c0
                     for part in gl.static_range(KEY_PARTS):
@@ -303,42 +346,47 @@ def _packed_kernel(
                     pos = gl.arange(0, 64, layout=LPOS)
                     dither = (pos & 15).to(gl.float32) * 0.0625 - 0.46875
                     # 2^23 + 128: the low 16 bits are the fixed point
-                    fixed = (p * value_scale[None, :] + dither[None, :] + 8388736.0).to(gl.int32, bitcast=True)
-                    top = gl.max(fixed.reshape([512 * R]), 0)
+                    weights = (p * value_scale[None, :] + dither[None, :] + 8388736.0).to(gl.int32, bitcast=True)
+                    top = gl.max(weights.reshape([512 * R]), 0)
                     masked = (t + 1) * 64 > plain_end
                     if SINKS > 0:
                         masked = masked | (t * 64 < SINKS)
                     # rare: a larger score than any before, or a tile of which not every token is read packed
                     if (top > _OVERFLOW) | masked:
-                        position = t * 64 + ((pos >> 1) & 7) * 8 + ((pos >> 4) & 3) * 2 + (pos & 1)
-                        packed = position < context
-                        if (RESIDUAL > 0) | (SINKS > 0):
-                            exact = (position < SINKS) | ((position > context - RESIDUAL) & (RESIDUAL > 0))
-                            block = gl.load(exact_table + position // EXACT_BLOCK, mask=packed & exact, other=0)
-                            packed = packed & (block == 0)
+                        packed = pos >= 0
+                        if masked:
+                            position = t * 64 + ((pos >> 1) & 7) * 8 + ((pos >> 4) & 3) * 2 + (pos & 1)
+                            packed = position < context
+                            if (RESIDUAL > 0) | (SINKS > 0):
+                                exact = (position < SINKS) | ((position > context - RESIDUAL) & (RESIDUAL > 0))
+                                block = gl.load(exact_table + position // EXACT_BLOCK, mask=packed & exact, other=0)
+                                packed = packed & (block == 0)
                         packed = packed[None, :]
                         y = y * qs[:, None]
                         value_scale = scales.slice(64, 64).load(LPOS).to(gl.float32)
                         highest = gl.max(gl.where(packed, y + gl.log2(value_scale)[None, :], -1e30), 1) - _PLACE
                         m1 = gl.maximum(m, highest)
-                        factor = gl.exp2(m - m1)
-                        p = gl.where(packed, gl.exp2(y - m1[:, None]), 0.0)
+                        factor = _ex2(m - m1)
+                        p = gl.where(packed, _ex2(y - m1[:, None]), 0.0)
                         lane_sum = gl.convert_layout(gl.sum(p.reshape([8 * R, 4, 16]), 2), LSUM, assert_trivial=True)
                         norm1 = norm * gl.convert_layout(factor, gl.SliceLayout(1, LSUM))[:, None] + lane_sum
-                        fixed = gl.where(packed, p * value_scale[None, :] + dither[None, :], 0.0) + 8388736.0
-                        fixed = fixed.to(gl.int32, bitcast=True)
-                        acc = _rescale(acc, factor, R, D, MMA)
-                        ones = _rescale(ones, factor, R, 8, MMA)
+                        weights = gl.where(packed, p * value_scale[None, :] + dither[None, :], 0.0) + 8388736.0
+                        weights = weights.to(gl.int32, bitcast=True)
+                        if t > t0:
+                            acc = _rescale(acc, factor, R, D, MMA)
+                            ones = _rescale(ones, factor, R, 8, MMA)
                         m = m1
                     norm = norm1
-                    p_high, p_low = gl.inline_asm_elementwise(
-                        _SPLIT_P, "=r,=r,r,r,r,r", [fixed], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
-                    )
+                    p_high, p_low = split_bytes(weights)
                     p8 = _join_halves(p_high, p_low, R, 64, LPA)
                     values = load_values(v0.index(at_stage), v1.index(at_stage), D, VALUE_BITS, VALUE_ASM, LV)
+                    _copy_tile(
+                        k0.index(at_stage), k1.index(at_stage), v0.index(at_stage), v1.index(at_stage), n.index(at_stage),
+                        pages + page * stride_block, t + STAGES, t1, D, KEY_BITS, VALUE_BITS, BLOCK_TILES,
+                    )  # fmt: skip
+                    page = gl.load(table + gl.minimum(t + STAGES + 1, tiles - 1) // BLOCK_TILES).to(gl.int64)
                     acc = mma_v2(p8, values, acc)
                     ones = mma_v2(p8, gl.full([64, 8], 1, gl.int8, layout=LV), ones)
-                    into = gl.where(into == STAGES - 1, 0, into + 1)
                     at_stage = gl.where(at_stage == STAGES - 1, 0, at_stage + 1)
                 async_copy.wait_group(0)
 
@@ -364,17 +412,17 @@ def _packed_kernel(
                 else:
                     index = 2 * run + slot
                 g = gl.arange(0, 8 * R, layout=gl.SliceLayout(1, LO))
-                valid = query0 + (row0 + g) // GROUP < query1
+                valid = (row0 + g) // GROUP < queries
                 gl.store(out_ptr + (index * (8 * R) + g).to(gl.int64)[:, None] * D + col[None, :], out, mask=valid[:, None])
                 lse = gl.where(seen, m + gl.log2(norm_row), float("-inf"))
-                gl.store(lse_ptr + index * (8 * R) + r8, lse, mask=query0 + (row0 + r8) // GROUP < query1)
+                gl.store(lse_ptr + index * (8 * R) + r8, lse, mask=(row0 + r8) // GROUP < queries)
             slot = 1
             x += take
-            if x >= gl.load(cost_ptr + b + 1):
-                b += 1
-                while (b < num_requests - 1) & (gl.load(cost_ptr + b + 1) == gl.load(cost_ptr + b)):
-                    b += 1
-    gdc_wait()
+            if x >= end:
+                b = _next_request(b, end, num_entries, cost_ptr)
+                tiles, begin, end, query0, queries, context = load_entry(
+                    b, tiles_ptr, cost_ptr, query_start_ptr, seq_lens_ptr, num_requests
+                )
 
 
 def supports(cache_format: CacheFormat) -> bool:
@@ -384,11 +432,13 @@ def supports(cache_format: CacheFormat) -> bool:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Registers of a program, programs an SM, tiles in flight, and whether queries lie in shared memory."""
+    """Registers of a program, programs an SM, tiles and units of exact tokens in flight, whether queries stay in shared
+    memory."""
 
     max_registers: int
     warps_per_sm: int
     stages: int
+    exact_stages: int
     share_query: bool
 
 
@@ -405,10 +455,13 @@ def tuning(cache_format: CacheFormat, row_sets: int) -> Tuning:
     """
     head_size, stages, share_query = cache_format.head_size, 2, row_sets == 2
     warps = {64: 16, 128: 12, 256: 8}[head_size * row_sets]
-    shared = stages * cache_format.layout.sub_page_bytes + _PROGRAM_SHARED_BYTES + share_query * 16 * row_sets * head_size
+    shared = stages * cache_format.layout.sub_page_bytes + share_query * 16 * row_sets * head_size + _PROGRAM_SHARED_BYTES
     fitting = min(warps, _SM_SHARED_BYTES // shared)
     warps = fitting // 4 * 4 if fitting >= 8 else fitting
-    return Tuning(min(255, _SM_REGISTERS // (32 * warps) // 8 * 8), warps, stages, share_query)
+    # exact tokens take the same memory, as many in flight as do not make fewer programs
+    unit = EXACT_TOKENS * head_size * 4
+    exact_stages = max(1, min(3, (_SM_SHARED_BYTES // warps - _PROGRAM_SHARED_BYTES) // unit))
+    return Tuning(min(255, _SM_REGISTERS // (32 * warps) // 8 * 8), warps, stages, exact_stages, share_query)
 
 
 def row_sets(num_rows: int, head_size: int) -> int:
@@ -417,8 +470,11 @@ def row_sets(num_rows: int, head_size: int) -> int:
 
 
 @functools.cache
-def _constants(cache_format: CacheFormat) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return key_asm(cache_format.key_codebook), value_asm(cache_format.value_codebook)
+def _constants(cache_format: CacheFormat) -> tuple[tuple, ...]:
+    """(key PTX, value PTX, shape and axes of the channels' order behind a dimension of rows)."""
+    shape, axes = key_channel_dims(cache_format.head_size, cache_format.key_bits)
+    axes = (0, *(axis + 1 for axis in axes))
+    return key_asm(cache_format.key_codebook), value_asm(cache_format.value_codebook), shape, axes
 
 
 @functools.cache
@@ -428,57 +484,77 @@ def num_runs(cache_format: CacheFormat, row_sets: int, device: torch.device) -> 
     return multiprocessors * tuning(cache_format, row_sets).warps_per_sm
 
 
-def attend_packed(
+def attend(
     cache_format: CacheFormat,
-    query: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     cache: torch.Tensor,
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
-    group: int,
+    scale_log2: float,
     row_blocks: int,
-    cost: torch.Tensor,
     tiles: torch.Tensor,
-    runs: int,
-    max_requests: int,
+    cost: torch.Tensor,
+    runs: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    residual_tokens: int = 0,
-    sink_tokens: int = 0,
-    exact_block_size: int = 1,
+    key_centre: torch.Tensor | None = None,
+    exact: ExactBlocks | None = None,
     exact_table: torch.Tensor | None = None,
 ) -> None:
-    """Partials of every query over its request's packed context, rotated.
+    """Partials of every query over its request's exact tokens (raw) and packed ones (rotated), in the plan's runs.
 
-    Args: query: high, low [num_rows, head_size] int8, offset [num_rows] int32 and scale [num_rows] fp32 of rotate_queries;
-          cache [num_blocks, num_kv_heads, block_size, slot_bytes] uint8; cost, tiles from plan_runs; max_requests: of any
-          step; out [2 * runs +
-          num_requests * num_kv_heads * row_blocks, 8 * row_sets, head_size] and lse [.., 8 * row_sets] fp32
+    The next kernel may be launched with launch_pdl: it must wait (gdc_wait) before it reads what this one writes.
+
+    Args: query [num_tokens, num_heads, head_size], key, value [num_tokens, num_kv_heads, head_size] fp16 or bf16; cache
+          [num_blocks, num_kv_heads, block_size, slot_bytes] uint8; block_table, exact_table [num_requests, ...],
+          query_start_loc [num_requests + 1], seq_lens [num_requests] int32; scale_log2: softmax scale * log2(e); tiles [2 *
+          num_requests], cost [2 * num_requests + 1], runs [num_runs, RUN_FIELDS] int32 from plan_runs; out [2 * num_runs +
+          2 * num_requests * num_kv_heads * row_blocks, 8 * row_sets, head_size] and lse [.., 8 * row_sets] fp32 (log2;
+          -inf: nothing seen); key_centre [num_kv_heads, head_size] fp32
     """
     head_size, sets = cache_format.head_size, out.shape[1] // 8
-    exact = exact_table is not None
     tuned = tuning(cache_format, sets)
-    key_ptx, value_ptx = _constants(cache_format)
+    key_ptx, value_ptx, shape, axes = _constants(cache_format)
     width = key_width(head_size, cache_format.key_bits)
-    _packed_kernel[(runs,)](
-        *query,
+    blocks = exact.cache.stride() if exact else (0, 0, 0)
+    _decode_kernel[(runs.shape[0],)](
+        query,
+        key,
+        value,
         cache,
         block_table,
-        cost,
+        exact.cache if exact else query,
+        exact_table if exact else block_table,
+        lse if key_centre is None else key_centre,
+        scaled_signs(head_size, out.device),
         tiles,
+        cost,
+        runs,
         query_start_loc,
         seq_lens,
-        exact_table if exact else block_table,
         out,
         lse,
+        scale_log2,
+        scale_log2 * float(cache_format.key_codebook.step),
         seq_lens.shape[0],
-        runs,
+        runs.shape[0],
         block_table.stride(0),
         exact_table.stride(0) if exact else 0,
+        query.stride(0),
+        query.stride(1),
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
         cache.stride(0),
         cache.stride(1),
+        blocks[0],
+        blocks[1],
         KV_HEADS=cache.shape[1],
-        GROUP=group,
+        GROUP=query.shape[1] // cache.shape[1],
         ROW_BLOCKS=row_blocks,
         R=sets,
         D=head_size,
@@ -487,21 +563,24 @@ def attend_packed(
         VALUE_STEP=float(cache_format.value_codebook.step),
         KEY_ASM=key_ptx,
         VALUE_ASM=value_ptx,
+        KEY_SHAPE=(16 * sets, *shape),
+        KEY_AXES=axes,
         BLOCK_TILES=cache.shape[2] // SUB_PAGE_TOKENS,
-        RESIDUAL=residual_tokens if exact else 0,
-        SINKS=sink_tokens if exact else 0,
-        EXACT_BLOCK=exact_block_size,
+        RESIDUAL=exact.residual_tokens if exact else 0,
+        SINKS=exact.sink_tokens if exact else 0,
+        EXACT_BLOCK=exact.cache.shape[2] if exact else 1,
+        HAS_CENTRE=key_centre is not None,
+        EXACT_STAGES=tuned.exact_stages,
         STAGES=tuned.stages,
-        REQUESTS=max(32, triton.next_power_of_2(max_requests)),
+        FIELDS=RUN_FIELDS,
         COST=SEGMENT_COST,
         SHARE_QUERY=tuned.share_query,
         KEY_PARTS=key_parts(head_size, cache_format.key_bits),
-        MMA=_MMA[sets],
+        MMA=_MMA,
         LP=_P[sets],
         LSUM=_SUM[sets],
         LKEY=width,
         LQUERY=width,
         num_warps=1,
         maxnreg=tuned.max_registers,
-        launch_pdl=True,
     )

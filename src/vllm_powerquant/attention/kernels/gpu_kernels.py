@@ -22,7 +22,7 @@ _flash_version = functools.cache(flash_attention_version)
 
 
 class GpuKernels:
-    """The GPU kernels for one cache format and attention shape.
+    """The GPU kernels for one cache format, attention shape and model dtype.
 
     max_requests: most row requests of a step, padding included; max_row_queries: most queries of one. hopper: False takes
     the portable kernels on a Hopper GPU as well.
@@ -35,11 +35,12 @@ class GpuKernels:
         num_kv_heads: int,
         max_requests: int,
         device: torch.device,
+        dtype: torch.dtype,
         max_row_queries: int = 1,
         hopper: bool = True,
     ) -> None:
         self.format, self.device = cache_format, device
-        rows = HopperRows if hopper and hopper_supports(cache_format, device) else PortableRows
+        rows = HopperRows if hopper and hopper_supports(cache_format, dtype, device) else PortableRows
         self.rows = rows(cache_format, num_heads, num_kv_heads, max_requests, max_row_queries, device)
         self.max_row_queries = max_row_queries
         self._warm: set[tuple] = set()
@@ -52,10 +53,11 @@ class GpuKernels:
         num_kv_heads: int,
         max_requests: int,
         device: torch.device,
+        dtype: torch.dtype,
         max_row_queries: int = 1,
     ) -> GpuKernels:
         """The one object of a shape, for all its layers."""
-        return GpuKernels(cache_format, num_heads, num_kv_heads, max_requests, device, max_row_queries)
+        return GpuKernels(cache_format, num_heads, num_kv_heads, max_requests, device, dtype, max_row_queries)
 
     def warm_up(self, workspace: Workspace, block_size: int, exact_block_size: int | None, exact: tuple[int, int]) -> None:
         """Compile what a step can ask for, once, so that nothing is compiled while requests wait.

@@ -55,7 +55,7 @@ class PortableRows:
         most = max(self._num_splits(n) * n for n in range(1, max_requests + 1))
         queries = max_row_queries * num_heads
         self.buffers = _Buffers.of(cache_format.head_size, max_requests * queries, most * queries, device)
-        self.matrix = rotation_signs(cache_format.head_size, None, device)
+        self.matrix = rotation_signs(cache_format.head_size, device)
 
     def _num_splits(self, num_requests: int) -> int:
         """Splits of each context: enough programs to fill the device."""

@@ -28,8 +28,8 @@ class StepPlan:
     seq_lens: torch.Tensor
     chunks: ChunkPlan | None = None
     chunk_query_start_loc: torch.Tensor | None = None  # of the chunk requests alone, from 0
-    # made by the first layer that needs it: (row blocks, exact block table) -> (tiles, cost)
-    runs: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    # made by the first layer that needs it: (row sets, row blocks, exact block table) -> (tiles, cost, runs)
+    runs: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def row_starts(self) -> torch.Tensor:

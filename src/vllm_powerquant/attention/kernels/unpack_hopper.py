@@ -7,6 +7,7 @@ share, key_channel_order) it is left as it falls.
 
 from __future__ import annotations
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -147,29 +148,30 @@ def key_parts(head_size: int, bits: int) -> int:
     return max(1, min(4, head_size * bits // 128, head_size // 32))
 
 
-def key_channel_order(head_size: int, bits: int) -> list[int]:
-    """Channel of each coordinate in the order in which the kernel multiplies them: queries are stored in it."""
-    parts, half, width = key_parts(head_size, bits), head_size // 2, head_size // 4
+def key_channel_dims(head_size: int, bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(shape, axes): channels [0, head_size) reshaped and permuted are in the order in which the kernel multiplies them."""
+    parts = key_parts(head_size, bits)
     if bits == 8:
-        return list(range(head_size))
+        return (head_size,), (0,)
     if bits == 4:
-        # a word's low halves of bytes, then its high halves
-        step = half // parts
-        return [c for start in range(0, half, step) for base in (0, half) for c in range(base + start, base + start + step)]
+        # half a head, part, byte: a word's low halves of bytes, then its high halves
+        return (2, parts, head_size // 2 // parts), (1, 0, 2)
+    # field (high bit, low bit), part, word, byte (high bit, low bit): a word's bytes (f, f + 2) of bytes 0, 1, then of bytes
+    # 2, 3; f = 0 then f = 1. With 3 bits, the words of the even and of the odd bits of the high word are the parts.
+    parts = parts if bits == 2 else 2
+    return (2, 2, parts, head_size // 16 // parts, 2, 2), (2, 1, 4, 3, 5, 0)
 
-    # a word's bytes (f, f + 2) of bytes 0, 1, then of bytes 2, 3; f = 0 then f = 1
-    def pairs(byte: int, f: int) -> list[int]:
-        return [field * width + byte + i for i in (0, 1) for field in (f, f + 2)]
 
-    # with 3 bits, the words of the even and of the odd bits of the high word
-    step = width // parts if bits == 2 else width // 2
-    return [
-        c
-        for start in range(0, width, step)
-        for f, pair in ((0, 0), (0, 2), (1, 0), (1, 2))
-        for word in range(start, start + step, 4)
-        for c in pairs(word + pair, f)
-    ]
+def key_channel_order(head_size: int, bits: int) -> list[int]:
+    """Channel of each coordinate in the order in which the kernel multiplies them."""
+    shape, axes = key_channel_dims(head_size, bits)
+    return torch.arange(head_size).reshape(shape).permute(axes).flatten().tolist()
+
+
+@gluon.jit
+def in_key_order(x, SHAPE: gl.constexpr, AXES: gl.constexpr):
+    """Columns of x [N, D] in the order of key_channel_order; SHAPE, AXES: key_channel_dims with N in front."""
+    return x.reshape(SHAPE).permute(AXES.value).reshape(x.shape)
 
 
 def key_width(head_size: int, key_bits: int) -> int:
