@@ -1,14 +1,19 @@
 """How close compressed answers are to bf16's: teacher-forced top-1 agreement and KL divergence through vLLM itself.
 
     python benchmarks/eval_agreement.py [--prompts 8] [--prompt-tokens 640] [--positions 32]
+    python benchmarks/eval_agreement.py --at-once 8 --graphs --reference FOLDER     on a GPU
 
 The prompt is prefilled by each engine; the following tokens of the text are then decoded one by one through its cache.
+--save keeps what the engines said, --reference compares with what was kept, e.g. a GPU's answers with a CPU's.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 from forced import run
@@ -42,32 +47,59 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=640)
     parser.add_argument("--positions", type=int, default=32)
+    parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    parser.add_argument("--graphs", action="store_true", help="decode steps as CUDA graphs instead of eager")
+    parser.add_argument("--at-once", type=int, default=1, help="engines that run beside one another")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep each configuration's log-probabilities here")
+    parser.add_argument("--reference", type=Path, metavar="FOLDER", help="what --save kept elsewhere; its texts are used")
     args = parser.parse_args()
     import torch
     import vllm
 
     from vllm_powerquant.model import prepare_model
 
-    job = {"model": args.model or str(prepare_model()), "passes": 2}
+    job = {"model": args.model or str(prepare_model()), "passes": 2, "engine": {}}
     job |= {"prompts": args.prompts, "prompt_tokens": args.prompt_tokens, "positions": args.positions}
-    print(f"vLLM {vllm.__version__}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    if args.reference:
+        job["tokens"] = np.load(args.reference / "tokens.npy").tolist()
+    where = "CPU"
+    if torch.cuda.is_available():
+        where = torch.cuda.get_device_name()
+        job["engine"] |= {"gpu_memory_utilization": 0.8 / args.at_once, "max_num_seqs": args.prompts}
+    if args.graphs:
+        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, args.prompts]}
+        job["engine"] |= {"enforce_eager": False, "compilation_config": graphs}
+    print(f"{where}, vLLM {vllm.__version__}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     print(
         f"{args.prompts} prompts of {args.prompt_tokens} tokens x {args.positions} positions; KL in nats +- standard error"
     )
-    stock = run({**job, "backend": None})
-    want = stock["logprobs"][0]
-    again = compare(want, stock["logprobs"][1])
-    name, hits = "bf16 after a prefix-cache hit", stock["cached"][1].sum()
-    print(f"{name:32} top-1 {again[0]:7.2%}  KL {again[1].mean():.5f}  hits {hits}")
-    for name, environment in CONFIGURATIONS.items():
-        got = run({**job, "backend": "POWERQUANT", "environment": environment})
-        (top, kl), (hit_top, hit_kl) = compare(want, got["logprobs"][0]), compare(want, got["logprobs"][1])
-        error = kl.std(ddof=1) / len(kl) ** 0.5
-        print(
-            f"{name:32} top-1 {top:7.2%}  KL {kl.mean():.5f} +- {error:.5f}   after a prefix-cache hit: "
-            f"top-1 {hit_top:7.2%}  KL {hit_kl.mean():.5f}  hits {got['cached'][1].sum()}",
-            flush=True,
-        )
+    jobs = {"bf16": {**job, "backend": None}}
+    jobs |= {name: {**job, "backend": "POWERQUANT", "environment": CONFIGURATIONS[name]} for name in args.only}
+    with concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
+        running = {name: pool.submit(run, job) for name, job in jobs.items()}
+        stock = running["bf16"].result()
+        want = stock["logprobs"][0]
+        again = compare(want, stock["logprobs"][1])
+        name, hits = "bf16 after a prefix-cache hit", stock["cached"][1].sum()
+        print(f"{name:32} top-1 {again[0]:7.2%}  KL {again[1].mean():.5f}  hits {hits}", flush=True)
+        for name, future in running.items():
+            got = future.result()
+            if name != "bf16":
+                (top, kl), (hit_top, hit_kl) = compare(want, got["logprobs"][0]), compare(want, got["logprobs"][1])
+                error = kl.std(ddof=1) / len(kl) ** 0.5
+                print(
+                    f"{name:32} top-1 {top:7.2%}  KL {kl.mean():.5f} +- {error:.5f}   after a prefix-cache hit: "
+                    f"top-1 {hit_top:7.2%}  KL {hit_kl.mean():.5f}  hits {got['cached'][1].sum()}",
+                    flush=True,
+                )
+            file = re.sub(r"\W+", "-", name.lower()) + ".npy"
+            if args.save:
+                args.save.mkdir(parents=True, exist_ok=True)
+                np.save(args.save / "tokens.npy", got["tokens"])
+                np.save(args.save / file, got["logprobs"][0].astype(np.float16))
+            if args.reference and (args.reference / file).exists():
+                top, kl = compare(np.load(args.reference / file).astype(np.float32), got["logprobs"][0])
+                print(f"{'':8}against the reference's own {name}: top-1 {top:7.2%}  KL {kl.mean():.5f}", flush=True)
 
 
 if __name__ == "__main__":

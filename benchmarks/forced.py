@@ -61,8 +61,9 @@ def run(job: dict) -> dict[str, np.ndarray]:
     """Log-probabilities of one engine in a fresh process.
 
     Args:    job: model, backend (None: stock), environment {name: value}, prompts, prompt_tokens, positions, passes (later
-             passes find the prompts in the prefix cache), engine {LLM arguments}
-    Returns: logprobs [passes, prompts, positions, vocabulary] fp32 and cached [passes, prompts] (prefix-hit tokens)
+             passes find the prompts in the prefix cache), engine {LLM arguments}, tokens [prompts][prompt_tokens + positions]
+             (default: `texts`, which differ between versions of Python)
+    Returns: logprobs [passes, prompts, positions, vocabulary] fp32, cached [passes, prompts] (prefix-hit tokens), tokens
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.json"
@@ -92,7 +93,7 @@ def _worker(job: dict) -> None:
             **job.get("engine", {}),
         },
     )
-    rows = texts(llm.get_tokenizer(), job["prompts"], job["prompt_tokens"], job["positions"])
+    rows = job.get("tokens") or texts(llm.get_tokenizer(), job["prompts"], job["prompt_tokens"], job["positions"])
     prompts = [{"prompt_token_ids": row[: job["prompt_tokens"]]} for row in rows]
     logprobs, cached = [], []
     for number in range(job.get("passes", 1)):
@@ -109,7 +110,7 @@ def _worker(job: dict) -> None:
         outputs = llm.generate(prompts, parameters, use_tqdm=False)
         cached.append([output.num_cached_tokens or 0 for output in outputs])
         logprobs.append([[CAPTURED[f"{number}-{i}"][k] for k in range(job["positions"])] for i in range(len(rows))])
-    np.savez(job["out"], logprobs=np.array(logprobs), cached=np.array(cached))
+    np.savez(job["out"], logprobs=np.array(logprobs), cached=np.array(cached), tokens=np.array(rows))
 
 
 if __name__ == "__main__":
