@@ -61,7 +61,7 @@ def run(job: dict) -> dict[str, np.ndarray]:
     """Log-probabilities of one engine in a fresh process.
 
     Args:    job: model, backend (None: stock), environment {name: value}, prompts, prompt_tokens, positions, passes (later
-             passes find the prompts in the prefix cache), engine {LLM arguments}, tokens [prompts][prompt_tokens + positions]
+             passes find the prompts in the prefix cache), engine {LLM arguments}, tokens [prompts][prompt_tokens + ..]
              (default: `texts`, which differ between versions of Python)
     Returns: logprobs [passes, prompts, positions, vocabulary] fp32, cached [passes, prompts] (prefix-hit tokens), tokens
     """
