@@ -91,7 +91,8 @@ def _code_polynomial(magnitudes: tuple[float, ...]) -> tuple[float, tuple[float,
     """
     boundaries = (np.array(magnitudes[1:]) + magnitudes[:-1]) / 2
     limit = 2.0 ** np.floor(np.log2(boundaries[-1]) + 1)
-    t = np.arange(-2 * limit, 2 * limit) / 2
+    # the half step from limit too: store_nvidia.py clamps to it
+    t = np.arange(-2 * limit, 2 * limit + 1) / 2
     codes = (t[:, None] >= np.concatenate([-boundaries, [0.0], boundaries])).sum(1) - len(magnitudes)
     x = (t + 0.25) / (2 * limit)
     terms = range(1, len(magnitudes), 2)[:3]

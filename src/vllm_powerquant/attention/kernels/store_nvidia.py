@@ -1,8 +1,9 @@
 """The store of store.py for NVIDIA GPUs, in Gluon: the same bytes, from layouts that Triton cannot be asked for.
 
-In large batches a thread holds a whole vector in its registers: it reads its own row, and nothing is exchanged between
-threads. In small ones several lanes share a vector. The usual widths, 4-bit keys and 2-bit values, are quantized and packed
-in inline PTX, by instructions that Triton has no words for (rounding down, saturation, byte permutes, fp16 pairs).
+In large batches a thread holds a whole vector in its registers: rows come, and the words of keys go, through shared memory,
+so that a warp's accesses lie side by side, and nothing else is exchanged between threads. In small ones several lanes share
+a vector. The usual widths, 4-bit keys and 2-bit values, are quantized and packed in inline PTX, by instructions that Triton
+has no words for (rounding down, saturation, byte permutes, fp16 pairs).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..cache_format import CacheFormat
-from .hadamard import hadamard, split_columns, tree_sum
+from .hadamard import hadamard, join_columns, split_columns, tree_sum
 from .quantize import (
     StoreFormat,
     VectorFormat,
@@ -32,6 +33,9 @@ from .quantize import (
 
 # Vectors of one launch from which a thread takes a whole vector: below, latency counts and not instructions.
 LARGE_BATCH = 8192
+
+# Bytes 0, 1 and 3 of the factors that _key_word_ptx looks up.
+_OTHER_BYTES = 0x003F8000
 
 _WIDEN_BF16 = gl.constexpr("shl.b32 $0, $2, 16;\nand.b32 $1, $2, 0xFFFF0000;")
 
@@ -48,38 +52,43 @@ def _bytes(values: list[int]) -> str:
     return f"0x{sum(value << 8 * i for i, value in enumerate(values)):08X}"
 
 
+def _magnitude_bytes(keys: VectorFormat) -> list[int]:
+    """Byte 2 of the fp32 factor 1 + (level + 1/2) / 128 for each magnitude."""
+    return [0x80 | int(magnitude) for magnitude in keys.magnitudes]
+
+
 @functools.cache
 def _key_word_ptx(keys: VectorFormat) -> str:
-    """4-bit keys: h of four channels A ($9 ..) and four Z of the upper half ($13 ..), inverse ($17) -> word, terms.
+    """4-bit keys: h of four channels A ($5 ..) and four Z of the upper half ($9 ..), inverse ($13) -> word, four sums.
 
-    Per pair (A_i, Z_i): t = h * inverse, floor(2 t) / 2 by a magic number, clamped by saturation (NaN to the first code) to
-    x + 1/2, then the polynomial in fp16 pairs; its code + 1536.0 has the code in the low bits. Codes are gathered in nibbles
-    (plus 8), turned to sign and magnitude, and the magnitudes looked up as the upper 16 bits of fp32 by byte permutes.
+    Per pair (A_i, Z_i): t = h * inverse, rounded down to half steps in fp16 (512 to 1024 are half a step apart, and both
+    roundings go down), clamped by saturation (NaN to the first code) to x + 1/2, then the polynomial in fp16 pairs; its code
+    + 1536.0 has the code in the low bits. Codes are gathered in nibbles (plus 8), then turned to sign and magnitude. Each
+    magnitude selects a byte of f = 1 + (level + 1/2) / 128 from two tables, $14 and a constant; the others are in $15.
+    h * f - h is rounded like h * (level + 1/2), 128 times as much. A sum is of A_i's and Z_i's, tree_sum's first step.
     """
     limit, (c1, c3, c5) = keys.limit, keys.polynomial
-    table = [struct.unpack("<I", struct.pack("<f", m))[0] >> 16 for m in keys.magnitudes]
-    low, high = [entry & 255 for entry in table], [entry >> 8 for entry in table]
     eights = (0x88888888 - sum((0x6600 << 4 * i) * 0x10001 for i in range(4))) % 2**32
     lines = [
-        ".reg .f32 t, z;",
-        ".reg .b32 n, q, m, a, b, c, d, x, u, w, k1, k3, k5, half, magic;",
+        ".reg .f32 t, z, s;",
+        ".reg .b32 n, q, m, a, b, c, d, x, u, w, k1, k3, k5, half, middle, magic, per, low;",
         f"mov.b32 k1, {_f16x2(c1)};",
         f"mov.b32 k3, {_f16x2(c3)};",
         f"mov.b32 k5, {_f16x2(c5)};",
         f"mov.b32 half, {_f16x2(-0.5)};",
+        f"mov.b32 middle, {_f16x2(0.125 / limit - 0.5)};",
         f"mov.b32 magic, {_f16x2(1536.0)};",
+        f"mov.b32 per, {_f16x2(0.5 / limit)};",
+        f"mov.b32 low, {_f16x2(0.5 - 384.0 / limit)};",
         f"mov.b32 n, 0x{eights:08X};",
     ]
     for i in range(4):
-        for register, operand in (("t", 9 + i), ("z", 13 + i)):
-            lines += [
-                f"mul.rn.f32 {register}, ${operand}, $17;",
-                f"add.rm.f32 {register}, {register}, {_f32(2.0**22 + limit)};",
-                f"fma.rn.sat.f32 {register}, {register}, {_f32(0.5 / limit)}, {_f32((1 - 2.0**24) / (8 * limit))};",
-            ]
+        for register, operand in (("t", 5 + i), ("z", 9 + i)):
+            lines += [f"mul.rn.f32 {register}, ${operand}, $13;", f"add.rm.f32 {register}, {register}, {_f32(768.0)};"]
         lines += [
-            "cvt.rn.f16x2.f32 x, z, t;",
-            "add.rn.f16x2 x, x, half;",
+            "cvt.rz.f16x2.f32 x, z, t;",
+            "fma.rn.sat.f16x2 x, x, per, low;",
+            "add.rn.f16x2 x, x, middle;",
             "mul.rn.f16x2 u, x, x;",
             "fma.rn.f16x2 w, u, k5, k3;",
             "fma.rn.f16x2 w, w, u, k1;",
@@ -102,25 +111,20 @@ def _key_word_ptx(keys: VectorFormat) -> str:
         "lop3.b32 c, c, d, 0x80808080, 0xE4;",
         "lop3.b32 $0, c, m, 0x88888888, 0xE4;",
         "shr.u32 x, m, 16;",
-        f"mov.b32 c, {_bytes(low[:4])};",
-        f"mov.b32 d, {_bytes(low[4:])};",
-        "prmt.b32 a, c, d, m;",
-        "prmt.b32 b, c, d, x;",
-        f"mov.b32 c, {_bytes(high[:4])};",
-        f"mov.b32 d, {_bytes(high[4:])};",
-        "prmt.b32 u, c, d, m;",
-        "prmt.b32 w, c, d, x;",
+        f"mov.b32 c, {_bytes(_magnitude_bytes(keys)[4:])};",
+        "prmt.b32 a, $14, c, m;",
+        "prmt.b32 b, $14, c, x;",
     ]
-    for i in range(8):
-        lower, upper = ("a", "u") if i < 4 else ("b", "w")
-        k = i % 4
-        lines += [
-            # bytes 0 and 1: the sign of the high byte, which is 0
-            f"prmt.b32 c, {lower}, {upper}, 0x{4 + k:X}{k:X}{12 + k:X}{12 + k:X};",
-            "mov.b32 t, c;",
-            f"abs.f32 z, ${9 + i};",
-            f"mul.rn.f32 ${1 + i}, z, t;",
-        ]
+    for i in range(4):
+        for register, magnitude, operand in (("t", "a", 5 + i), ("z", "b", 9 + i)):
+            lines += [
+                f"prmt.b32 c, {magnitude}, $15, 0x6{i}54;",
+                f"neg.f32 s, ${operand};",
+                f"mov.b32 {register}, c;",
+                f"fma.rn.f32 {register}, ${operand}, {register}, s;",
+                f"abs.f32 {register}, {register};",
+            ]
+        lines += [f"add.rn.f32 ${1 + i}, t, z;"]
     return "{\n" + "\n".join(lines) + "\n}"
 
 
@@ -154,6 +158,14 @@ def _place(column, lane, LANES: gl.constexpr, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def _widen(x):
+    if x.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(_WIDEN_BF16, "=f,=f,r", [x], dtype=gl.float32, is_pure=True, pack=2)
+    else:
+        return x.to(gl.float32)
+
+
+@gluon.jit
 def _load_vectors(
     ptr, row, centre_ptr, to_ptr, copied, stride_token,
     HEAD_SIZE: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr, COLUMN: gl.constexpr,
@@ -173,15 +185,47 @@ def _load_vectors(
             gl.store(to_rows + p * WIDTH, pieces[p], mask=mask)
     columns = ()
     for p in gl.static_range(len(pieces)):
-        if pieces[p].dtype == gl.bfloat16:
-            x = gl.inline_asm_elementwise(_WIDEN_BF16, "=f,=f,r", [pieces[p]], dtype=gl.float32, is_pure=True, pack=2)
-        else:
-            x = pieces[p].to(gl.float32)
+        x = _widen(pieces[p])
         if centre_ptr is not None:
             x = x - gl.load(centre_ptr + (p * WIDTH + offs))
         piece = split_columns(x.reshape([x.shape[0], LANES, GROUP]), GROUP)
         for j in gl.static_range(GROUP):
             columns = columns + (gl.convert_layout(piece[j], COLUMN, assert_trivial=True),)
+    return columns
+
+
+@gluon.jit
+def _load_tile(
+    ptr, centre_ptr, to_ptr, copied, stride_token,
+    HEAD_SIZE: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr, COLUMN: gl.constexpr,
+):  # fmt: skip
+    """_load_vectors of consecutive rows from ptr: read along their length, then passed through shared memory."""
+    TOKENS: gl.constexpr = copied.shape[0]
+    WIDTH: gl.constexpr = LANES * GROUP
+    # 16 bytes a lane
+    RUN: gl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+    BESIDE: gl.constexpr = min(32, HEAD_SIZE // RUN)
+    TILE: gl.constexpr = gl.BlockedLayout([1, RUN], [32 // BESIDE, BESIDE], [gl.num_warps(), 1], [1, 0])
+    PIECES: gl.constexpr = gl.BlockedLayout([1, GROUP], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
+    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(RUN, 1, 8, [1, 0])
+    row = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, TILE))[:, None]
+    offs = gl.arange(0, HEAD_SIZE, layout=gl.SliceLayout(0, TILE))[None, :]
+    # 32 bits: the launcher sees to it
+    tile = gl.load(ptr + (row * stride_token.to(gl.int32) + offs))
+    shared = gl.allocate_shared_memory(tile.dtype, [TOKENS, HEAD_SIZE], SWIZZLED, tile)
+    if to_ptr is not None:
+        # few tokens have an exact block
+        if gl.max(gl.max(copied.to(gl.int32), 1), 0) != 0:
+            to_rows = gl.convert_layout(to_ptr, TILE)
+            gl.store(to_rows + offs, tile, mask=gl.convert_layout(copied, TILE))
+    x = _widen(shared.load(PIECES))
+    if centre_ptr is not None:
+        x = x - gl.load(centre_ptr + gl.arange(0, HEAD_SIZE, layout=gl.SliceLayout(0, PIECES))[None, :])
+    x = x.reshape([TOKENS, HEAD_SIZE // WIDTH, LANES, GROUP]).permute(0, 2, 1, 3)
+    parts = split_columns(x.reshape([TOKENS, LANES, HEAD_SIZE // LANES]), HEAD_SIZE // LANES)
+    columns = ()
+    for c in gl.static_range(len(parts)):
+        columns = columns + (gl.convert_layout(parts[c], COLUMN, assert_trivial=True),)
     return columns
 
 
@@ -208,26 +252,49 @@ def _store_words(ptr, words, mask, LANES: gl.constexpr, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _key_words(h, inverse, lane, LANES: gl.constexpr, GROUP: gl.constexpr, PTX: gl.constexpr):
+def _store_word_tile(ptr, words, mask, LANES: gl.constexpr, GROUP: gl.constexpr):
+    """_store_words through shared memory, to lanes that store side by side."""
+    TOKENS: gl.constexpr = ptr.shape[0]
+    COUNT: gl.constexpr = len(words)
+    WORDS: gl.constexpr = COUNT * LANES
+    RUN: gl.constexpr = GROUP // 4
+    VECTOR: gl.constexpr = min(4, WORDS)
+    TILE: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 * VECTOR // WORDS, WORDS // VECTOR], [gl.num_warps(), 1], [1, 0])
+    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(VECTOR, max(1, 32 // WORDS), min(8, WORDS // VECTOR), [1, 0])
+    tile = join_columns(words, 0, COUNT).reshape([TOKENS, LANES, COUNT // RUN, RUN])
+    tile = tile.permute(0, 2, 1, 3).reshape([TOKENS, WORDS])
+    shared = gl.allocate_shared_memory(gl.int32, [TOKENS, WORDS], SWIZZLED, tile)
+    rows = gl.convert_layout(ptr, TILE).to(gl.pointer_type(gl.int32))
+    offs = gl.arange(0, WORDS, layout=gl.SliceLayout(0, TILE))[None, :]
+    gl.store(rows + offs, shared.load(TILE), mask=gl.convert_layout(mask, TILE))
+
+
+@gluon.jit
+def _key_words(
+    h, inverse, magnitudes, other_bytes, lane, LANES: gl.constexpr, GROUP: gl.constexpr, PTX: gl.constexpr
+):  # fmt: skip
     """4-bit keys: words of four bytes, and <h, level + 1/2>."""
     HALF: gl.constexpr = len(h) // 2
+    magnitudes = gl.full(inverse.shape, magnitudes, gl.int32, inverse.type.layout)
+    other_bytes = gl.full(inverse.shape, other_bytes, gl.int32, inverse.type.layout)
     words = ()
     terms = ()
     for k in gl.static_range(0, HALF, 4):
-        word, a0, a1, a2, a3, z0, z1, z2, z3 = gl.inline_asm_elementwise(
+        word, s0, s1, s2, s3 = gl.inline_asm_elementwise(
             PTX,
-            "=r,=f,=f,=f,=f,=f,=f,=f,=f,f,f,f,f,f,f,f,f,f",
-            [h[k], h[k + 1], h[k + 2], h[k + 3], h[HALF + k], h[HALF + k + 1], h[HALF + k + 2], h[HALF + k + 3], inverse],
-            dtype=(
-                gl.int32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32, gl.float32
-            ),
+            "=r,=f,=f,=f,=f,f,f,f,f,f,f,f,f,f,r,r",
+            [
+                h[k], h[k + 1], h[k + 2], h[k + 3], h[HALF + k], h[HALF + k + 1], h[HALF + k + 2], h[HALF + k + 3],
+                inverse, magnitudes, other_bytes,
+            ],
+            dtype=(gl.int32, gl.float32, gl.float32, gl.float32, gl.float32),
             is_pure=True,
             pack=1,
         )  # fmt: skip
         words = words + (word,)
-        # the first step of tree_sum
-        terms = terms + (a0 + z0, a1 + z1, a2 + z2, a3 + z3)
-    return words, tree_sum(terms, lane, HALF, LANES, GROUP)
+        # the first step of tree_sum is done
+        terms = terms + (s0, s1, s2, s3)
+    return words, tree_sum(terms, lane, HALF, LANES, GROUP) * 128.0
 
 
 @gluon.jit
@@ -253,23 +320,28 @@ def _value_bytes(h, inverse, lane, LANES: gl.constexpr, GROUP: gl.constexpr, PTX
 
 @gluon.jit
 def _store_vectors(
-    ptr, row, centre_ptr, to_ptr, copied, cache_ptr, slot, packed, stride_token, stride_block,
+    ptr, first, row, centre_ptr, to_ptr, copied, cache_ptr, slot, packed, magnitudes, other_bytes,
+    stride_token, stride_block,
     IS_KEY: gl.constexpr, FORMAT: gl.constexpr, VECTORS: gl.constexpr, PTX: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr, COLUMN: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr, TILED: gl.constexpr, COLUMN: gl.constexpr,
 ):  # fmt: skip
     """Keys or values of a program's tokens; per-token tensors are [TOKENS, 1] in layout COLUMN."""
     HEAD_SIZE: gl.constexpr = FORMAT.head_size
     SIGNS: gl.constexpr = FORMAT.signs
     OUTER: gl.constexpr = FORMAT.outer
     COUNT: gl.constexpr = HEAD_SIZE // LANES
-    x = _load_vectors(ptr, row, centre_ptr, to_ptr, copied, stride_token, HEAD_SIZE, LANES, GROUP, COLUMN)
+    if TILED:
+        first_ptr = ptr + first.to(gl.int64) * stride_token
+        x = _load_tile(first_ptr, centre_ptr, to_ptr, copied, stride_token, HEAD_SIZE, LANES, GROUP, COLUMN)
+    else:
+        x = _load_vectors(ptr, row, centre_ptr, to_ptr, copied, stride_token, HEAD_SIZE, LANES, GROUP, COLUMN)
     if cache_ptr is not None:
         lane = gl.arange(0, LANES, layout=gl.SliceLayout(0, COLUMN))[None, :]
         h = hadamard(x, lane, COUNT, LANES, GROUP, SIGNS, OUTER)
         if PTX is not None:
             energy, inverse = energy_and_inverse(h, lane, COUNT, LANES, GROUP, VECTORS.step)
             if IS_KEY:
-                out, dot = _key_words(h, inverse, lane, LANES, GROUP, PTX)
+                out, dot = _key_words(h, inverse, magnitudes, other_bytes, lane, LANES, GROUP, PTX)
             else:
                 out, dot = _value_bytes(h, inverse, lane, LANES, GROUP, PTX)
             scale = scale_bits(energy, dot, VECTORS.scale_factor)
@@ -281,7 +353,11 @@ def _store_vectors(
         if IS_KEY and VECTORS.bits == 4:
             if PTX is None:
                 out = pack_key_words(out)
-            _store_words(sub_page + VECTORS.planes[0][0] + token * (HEAD_SIZE // 2), out, packed, LANES, GROUP)
+            to = sub_page + VECTORS.planes[0][0] + token * (HEAD_SIZE // 2)
+            if TILED:
+                _store_word_tile(to, out, packed, LANES, GROUP)
+            else:
+                _store_words(to, out, packed, LANES, GROUP)
         else:
             for plane in gl.static_range(len(VECTORS.planes)):
                 to = sub_page + VECTORS.planes[plane][0]
@@ -301,7 +377,10 @@ def _store_vectors(
                         gl.store(to + offs, column_bytes[k].to(gl.uint8), mask=packed)
 
 
-@gluon.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["slots_ptr", "exact_slots_ptr"])
+@gluon.jit(
+    do_not_specialize=["num_tokens", "magnitudes", "other_bytes"],
+    do_not_specialize_on_alignment=["slots_ptr", "exact_slots_ptr"],
+)
 def _store_kernel(
     key_ptr, value_ptr,  # [num_tokens, num_kv_heads, head_size]
     centre_ptr,          # [num_kv_heads, head_size] fp32, or None
@@ -310,18 +389,23 @@ def _store_kernel(
     exact_slots_ptr,     # [num_tokens] int64
     exact_ptr,           # [num_exact_blocks, num_kv_heads, EXACT_BLOCK_SIZE, 2 * head_size], or None
     num_tokens,
+    magnitudes, other_bytes,  # two operands of KEY_PTX: constants would be loaded anew wherever they are used
     stride_key_token: gl.int64, stride_key_head: gl.int64, stride_value_token: gl.int64, stride_value_head: gl.int64,
     stride_block: gl.int64, stride_head: gl.int64,
     stride_exact_block: gl.int64, stride_exact_head: gl.int64, stride_exact_token: gl.int64,
     BLOCK_SIZE: gl.constexpr, EXACT_BLOCK_SIZE: gl.constexpr, FORMAT: gl.constexpr,
-    KEY_PTX: gl.constexpr, VALUE_PTX: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr,
+    KEY_PTX: gl.constexpr, VALUE_PTX: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr, TILED: gl.constexpr,
 ):  # fmt: skip
     KEYS: gl.constexpr = FORMAT.keys
     VALUES: gl.constexpr = FORMAT.values
     COLUMN: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
     TOKENS: gl.constexpr = gl.num_warps() * 32 // LANES
     head = gl.program_id(0).to(gl.int64)
-    row = gl.program_id(1) * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, COLUMN))[:, None]
+    first = gl.program_id(1) * TOKENS
+    if TILED:
+        # the last program starts early instead of ending late: what it shares with the one before is stored twice
+        first = gl.minimum(first, num_tokens - TOKENS)
+    row = first + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, COLUMN))[:, None]
     real = row < num_tokens
     # reads need no mask
     row = gl.minimum(row, num_tokens - 1).to(gl.int64)
@@ -340,40 +424,46 @@ def _store_kernel(
     if gl.program_id(2) == 0:
         _store_vectors(
             key_ptr + head * stride_key_head,
+            first,
             row,
             None if centre_ptr is None else centre_ptr + head * FORMAT.head_size,
-            to_ptr, copied, cache_ptr, slot, packed, stride_key_token, stride_block,
-            True, FORMAT, KEYS, KEY_PTX, BLOCK_SIZE, LANES, GROUP, COLUMN,
+            to_ptr, copied, cache_ptr, slot, packed, magnitudes, other_bytes, stride_key_token, stride_block,
+            True, FORMAT, KEYS, KEY_PTX, BLOCK_SIZE, LANES, GROUP, TILED, COLUMN,
         )  # fmt: skip
     else:
         _store_vectors(
             value_ptr + head * stride_value_head,
+            first,
             row,
             None,
-            value_to_ptr, copied, cache_ptr, slot, packed, stride_value_token, stride_block,
-            False, FORMAT, VALUES, VALUE_PTX, BLOCK_SIZE, LANES, GROUP, COLUMN,
+            value_to_ptr, copied, cache_ptr, slot, packed, magnitudes, other_bytes, stride_value_token, stride_block,
+            False, FORMAT, VALUES, VALUE_PTX, BLOCK_SIZE, LANES, GROUP, TILED, COLUMN,
         )  # fmt: skip
 
 
 @functools.cache
-def _ptx(cache_format: CacheFormat) -> tuple[str | None, str | None]:
-    keys = _key_word_ptx(StoreFormat.of(cache_format).keys) if cache_format.key_bits == 4 else None
-    return keys, _value_byte_ptx() if cache_format.value_bits == 2 else None
+def _ptx(cache_format: CacheFormat) -> tuple[str | None, str | None, int]:
+    """Inline PTX of keys and of values (None: other widths), and the first table of keys' magnitudes."""
+    keys = StoreFormat.of(cache_format).keys
+    value_ptx = _value_byte_ptx() if cache_format.value_bits == 2 else None
+    if cache_format.key_bits != 4:
+        return None, value_ptx, 0
+    return _key_word_ptx(keys), value_ptx, int.from_bytes(bytes(_magnitude_bytes(keys)[:4]), "little", signed=True)
 
 
 @functools.cache
-def launch_shape(cache_format: CacheFormat, large: bool) -> tuple[int, int, int | None]:
-    """Lanes that a vector is spread over, columns side by side in a lane, and registers that a thread may take."""
+def launch_shape(cache_format: CacheFormat, large: bool) -> tuple[int, int, bool, int | None]:
+    """Lanes that a vector is spread over, columns side by side in a lane, TILED, and registers that a thread may take."""
     head_size = cache_format.head_size
     if head_size & (head_size - 1):
-        return 1, 8, None
+        return 1, 8, False, None
     if not large:
         # the columns of a byte lie in one lane: eight of each in planes of one bit, which 3 bits have
         fields = 8 if 3 in (cache_format.key_bits, cache_format.value_bits) else 4
-        return head_size // (4 * fields), 4, None
+        return head_size // (4 * fields), 4, False, None
     # fewer registers spill; with 168 12 warps fit a multiprocessor, with 96 20
     usual = (cache_format.key_bits, cache_format.value_bits) == (4, 2)
-    return max(1, head_size // 128), 8, (96 if head_size == 64 else 168) if usual else None
+    return max(1, head_size // 128), 8, True, (96 if head_size == 64 else 168) if usual else None
 
 
 def store_nvidia(
@@ -389,8 +479,10 @@ def store_nvidia(
 ) -> None:
     """store.store after its checks."""
     num_kv_heads = key.shape[1]
-    lanes, group, maxnreg = launch_shape(cache_format, num_tokens * num_kv_heads >= LARGE_BATCH)
-    key_ptx, value_ptx = _ptx(cache_format)
+    # a tile is full, and its offsets fit 32 bits
+    tiles = num_tokens >= 32 and max(key.stride(0), value.stride(0)) < 2**26
+    lanes, group, tiled, maxnreg = launch_shape(cache_format, tiles and num_tokens * num_kv_heads >= LARGE_BATCH)
+    key_ptx, value_ptx, magnitudes = _ptx(cache_format)
     _store_kernel[(num_kv_heads, triton.cdiv(num_tokens, 32 // lanes), 2)](
         key,
         value,
@@ -400,6 +492,8 @@ def store_nvidia(
         exact_slots,
         exact_cache,
         num_tokens,
+        magnitudes,
+        _OTHER_BYTES,
         key.stride(0),
         key.stride(1),
         value.stride(0),
@@ -413,6 +507,7 @@ def store_nvidia(
         VALUE_PTX=value_ptx,
         LANES=lanes,
         GROUP=group,
+        TILED=tiled,
         num_warps=1,
         maxnreg=maxnreg,
         enable_fp_fusion=False,
