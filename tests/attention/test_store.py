@@ -30,7 +30,7 @@ KERNELS = ["portable"] if DEVICE == "cpu" or torch.version.hip else ["portable",
 
 @pytest.fixture(params=KERNELS, autouse=True)
 def kernel(request, monkeypatch) -> str:
-    """Every test runs each kernel; the NVIDIA kernel has one form for small batches, one from 32 tokens on."""
+    """Every test runs each kernel; the NVIDIA kernel has one form for small batches, one for a tile's 64 tokens or more."""
     monkeypatch.setattr(store_nvidia, "LARGE_BATCH", 0 if request.param == "nvidia-large" else 2**62)
     return request.param
 
@@ -144,12 +144,12 @@ def test_result_does_not_depend_on_the_pieces(pieces, kernel):
 
 def test_padding_is_not_written(kernel):
     """Negative slots, and rows of keys and values beyond the slots."""
-    batch = Batch(CacheFormat(128), [40], [1], 2, 1, torch.bfloat16)
-    slots = batch.slots(0)[:37].clone()
-    slots[[0, 7, 8, 36]] = -1
+    batch = Batch(CacheFormat(128), [80], [1], 2, 1, torch.bfloat16)
+    slots = batch.slots(0)[:77].clone()
+    slots[[0, 7, 8, 76]] = -1
     arguments = (batch.format, batch.cache, batch.keys[0], batch.values[0], slots)
     got = stored(kernel, *arguments)
-    assert torch.equal(got, expected(batch.format, batch.cache, batch.keys[0][:37], batch.values[0][:37], slots))
+    assert torch.equal(got, expected(batch.format, batch.cache, batch.keys[0][:77], batch.values[0][:77], slots))
     nothing = torch.full_like(slots, -1)
     assert torch.equal(stored(kernel, *arguments[:-1], nothing), batch.cache)
     assert torch.equal(stored(kernel, *arguments[:-1], nothing[:0]), batch.cache)
@@ -189,7 +189,7 @@ def test_pages_of_several_layers_in_one_pool(kernel):
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "only-exact"])
 @pytest.mark.parametrize("head_size", [80, 128])
 def test_exact_blocks_hold_the_rows_given(head_size, packed, kernel):
-    batch = Batch(CacheFormat(head_size), [40], [1], 2, 1, torch.bfloat16)
+    batch = Batch(CacheFormat(head_size), [70], [1], 2, 1, torch.bfloat16)
     key, value = batch.keys[0], batch.values[0]
     batch.exact_table[0, 1] = 0
     slots, exact_slots = batch.slots(0), batch.slots(0, exact=True)

@@ -31,11 +31,12 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..cache_format import CacheFormat
 from ..layout import SUB_PAGE_TOKENS
+from .common_hopper import ex2, lg2, split_bytes
 from .cpu_kernels import ExactBlocks
 from .exact_hopper import attend_exact
 from .hadamard_hopper import scaled_signs
 from .plan import EXACT_TOKENS, RUN_FIELDS, load_entry, load_run
-from .queries_hopper import load_queries, rotated_queries, split_bytes, sum_of_fixed
+from .queries_hopper import load_queries, rotated_queries, sum_of_fixed
 from .unpack_hopper import (
     in_key_order,
     key_asm,
@@ -75,12 +76,6 @@ _SUM = {
 # the bits of 2^23 + 128 + the largest p; a moved maximum is placed at 2^13
 _OVERFLOW = gl.constexpr(0x4B000000 + 128 + 32639)
 _PLACE = gl.constexpr(13.0)
-
-
-@gluon.jit
-def _ex2(x):
-    # without the guards for denormal results that gl.exp2 has
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -339,7 +334,7 @@ def _decode_kernel(
                             scores = mma_v2(q[part], keys, scores)
                     key_scale = scales.slice(0, 64).load(LPOS).to(gl.float32)
                     y = _by_position(scores, R, LP).to(gl.float32) * key_scale[None, :]
-                    p = _ex2(y * qs[:, None] - m[:, None])
+                    p = ex2(y * qs[:, None] - m[:, None])
                     lane_sum = gl.convert_layout(gl.sum(p.reshape([8 * R, 4, 16]), 2), LSUM, assert_trivial=True)
                     norm1 = norm + lane_sum
                     value_scale = scales.slice(64, 64).load(LPOS).to(gl.float32)
@@ -364,10 +359,10 @@ def _decode_kernel(
                         packed = packed[None, :]
                         y = y * qs[:, None]
                         value_scale = scales.slice(64, 64).load(LPOS).to(gl.float32)
-                        highest = gl.max(gl.where(packed, y + gl.log2(value_scale)[None, :], -1e30), 1) - _PLACE
+                        highest = gl.max(gl.where(packed, y + lg2(value_scale)[None, :], -1e30), 1) - _PLACE
                         m1 = gl.maximum(m, highest)
-                        factor = _ex2(m - m1)
-                        p = gl.where(packed, _ex2(y - m1[:, None]), 0.0)
+                        factor = ex2(m - m1)
+                        p = gl.where(packed, ex2(y - m1[:, None]), 0.0)
                         lane_sum = gl.convert_layout(gl.sum(p.reshape([8 * R, 4, 16]), 2), LSUM, assert_trivial=True)
                         norm1 = norm * gl.convert_layout(factor, gl.SliceLayout(1, LSUM))[:, None] + lane_sum
                         weights = gl.where(packed, p * value_scale[None, :] + dither[None, :], 0.0) + 8388736.0
@@ -414,7 +409,7 @@ def _decode_kernel(
                 g = gl.arange(0, 8 * R, layout=gl.SliceLayout(1, LO))
                 valid = (row0 + g) // GROUP < queries
                 gl.store(out_ptr + (index * (8 * R) + g).to(gl.int64)[:, None] * D + col[None, :], out, mask=valid[:, None])
-                lse = gl.where(seen, m + gl.log2(norm_row), float("-inf"))
+                lse = gl.where(seen, m + lg2(norm_row), float("-inf"))
                 gl.store(lse_ptr + index * (8 * R) + r8, lse, mask=(row0 + r8) // GROUP < queries)
             slot = 1
             x += take

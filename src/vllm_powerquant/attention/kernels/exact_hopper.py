@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from .common_hopper import ex2, lg2
 from .plan import UNIT
 
 
@@ -119,8 +120,8 @@ def attend_exact(
             s = gl.where(here[None, :] & (i[None, :] <= last[:, None]), s, float("-inf"))
             above = gl.maximum(highest, gl.max(s, 1))
             base = gl.where(above == float("-inf"), 0.0, above)
-            p = gl.exp2(s - base[:, None])
-            factor = gl.exp2(highest - base)
+            p = ex2(s - base[:, None])
+            factor = ex2(highest - base)
             norm = norm * factor + gl.sum(p, 1)
             highest = above
             acc = acc * factor[:, None]
@@ -144,7 +145,7 @@ def attend_exact(
     async_copy.wait_group(0)
     any_seen = norm > 0.0
     out = acc / gl.where(any_seen, norm, 1.0)[:, None]
-    return out, gl.where(any_seen, highest + gl.log2(norm), float("-inf"))
+    return out, gl.where(any_seen, highest + lg2(norm), float("-inf"))
 
 
 @gluon.jit

@@ -8,6 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_wait
 
+from .common_hopper import ex2
 from .hadamard_hopper import butterflies, scaled_signs
 from .plan import run_of, run_start
 
@@ -67,8 +68,8 @@ def _fetch(
 def _add(base, weight, acc, lse, part):
     """Sums so far, relative to base, and what _fetch returns -> the sums with it."""
     above = gl.maximum(base, lse)
-    stay = gl.exp2(base - above)
-    add = gl.exp2(lse - above)
+    stay = ex2(base - above)
+    add = ex2(lse - above)
     return above, weight * stay + add, acc * stay[:, :, None] + part * add[:, :, None]
 
 
@@ -134,7 +135,7 @@ def _merge_kernel(
             SUMS: gl.constexpr = MANY // PARTS
             base = base.reshape([SUMS, PARTS, ROWS])
             base_p = gl.convert_layout(gl.max(base, 0), LPART, assert_trivial=True)
-            share = gl.exp2(base - gl.max(base, 0)[None, :, :])
+            share = ex2(base - gl.max(base, 0)[None, :, :])
             weight_p = gl.convert_layout(gl.sum(weight.reshape([SUMS, PARTS, ROWS]) * share, 0), LPART, assert_trivial=True)
             acc = acc.reshape([SUMS, PARTS, ROWS, D])
             share = gl.convert_layout(share, gl.SliceLayout(3, acc.type.layout), assert_trivial=True)
@@ -151,8 +152,8 @@ def _merge_kernel(
         base_e, weight_e, acc_e = _add(base_e, weight_e, acc_e, lse_e, part_e)
     # warps meet once, at the end
     above = gl.maximum(gl.max(base_e, 0), gl.max(base_p, 0))[None, :]
-    share_e = gl.exp2(base_e - above)
-    share_p = gl.exp2(base_p - above)
+    share_e = ex2(base_e - above)
+    share_p = ex2(base_p - above)
     weight = gl.convert_layout(gl.sum(weight_e * share_e, 0) + gl.sum(weight_p * share_p, 0), LROW)
     raw = gl.sum(acc_e * share_e[:, :, None], 0)
     # channel bits in registers first, then those that were spread over lanes

@@ -11,16 +11,6 @@ _MAX = gl.constexpr(32512.0)  # of the fixed point: its high byte stays within +
 # added to a number below 2^15, this leaves it as fixed point, plus 128, in the low 16 bits
 _ROUND = gl.constexpr(12582912.0 + 128.0)
 _ROUND_BITS = gl.constexpr(0x4B400000 + 128)
-_SPLIT = gl.constexpr(
-    "{ .reg .b32 s, t, u; prmt.b32 s, $2, $3, 0x5140; prmt.b32 t, $4, $5, 0x5140; prmt.b32 $0, s, t, 0x7632; "
-    "prmt.b32 u, s, t, 0x5410; xor.b32 $1, u, 0x80808080; }"
-)
-
-
-@gluon.jit
-def split_bytes(x):
-    """Words whose low 16 bits are n + 128 -> int8 (high, low) with n = 256 high + low."""
-    return gl.inline_asm_elementwise(_SPLIT, "=r,=r,r,r,r,r", [x], dtype=(gl.int8, gl.int8), is_pure=True, pack=4)
 
 
 @gluon.jit
@@ -52,7 +42,7 @@ def load_queries(
 
 @gluon.jit
 def rotated_queries(q, signs, unit):
-    """What load_queries returns -> fixed [ROWS, D] int32 as split_bytes takes it, channels in order, and scale [ROWS] fp32.
+    """What load_queries returns -> fixed [ROWS, D] int32, channels in order, for split_bytes, and scale [ROWS] fp32.
 
     A score in bits is <fixed, level + 1/2> * scale * (the key's stored scale).
 

@@ -1,9 +1,9 @@
 """The store of store.py for NVIDIA GPUs, in Gluon: the same bytes, from layouts that Triton cannot be asked for.
 
-In large batches a thread holds a whole vector in its registers: rows come, and the words of keys go, through shared memory,
-so that a warp's accesses lie side by side, and nothing else is exchanged between threads. In small ones several lanes share
-a vector. The usual widths, 4-bit keys and 2-bit values, are quantized and packed in inline PTX, by instructions that Triton
-has no words for (rounding down, saturation, byte permutes, fp16 pairs).
+In large batches a thread holds a vector, or half of one, in its registers: rows come, and the words of keys go, through
+shared memory, so that a warp's accesses lie side by side. In small ones more lanes share a vector. The usual widths, 4-bit
+keys and 2-bit values, are quantized and packed in inline PTX, by instructions that Triton has no words for (rounding down,
+saturation, byte permutes, fp16 pairs).
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from .quantize import (
     scale_bits,
 )
 
-# Vectors of one launch from which a thread takes a whole vector: below, latency counts and not instructions.
-LARGE_BATCH = 8192
+# Vectors of one launch from which a thread takes a vector or half of one: below, latency counts and not instructions (H200,
+# 2026-11-24).
+LARGE_BATCH = 32768
 
 # Bytes 0, 1 and 3 of the factors that _key_word_ptx looks up.
 _OTHER_BYTES = 0x003F8000
@@ -452,18 +453,19 @@ def _ptx(cache_format: CacheFormat) -> tuple[str | None, str | None, int]:
 
 
 @functools.cache
-def launch_shape(cache_format: CacheFormat, large: bool) -> tuple[int, int, bool, int | None]:
-    """Lanes that a vector is spread over, columns side by side in a lane, TILED, and registers that a thread may take."""
+def launch_shape(cache_format: CacheFormat, large: bool) -> tuple[int, int, bool, int, int | None]:
+    """Lanes that a vector is spread over, columns side by side in a lane, TILED, warps, registers that a thread may take."""
     head_size = cache_format.head_size
     if head_size & (head_size - 1):
-        return 1, 8, False, None
+        return 1, 8, False, 1, None
     if not large:
         # the columns of a byte lie in one lane: eight of each in planes of one bit, which 3 bits have
         fields = 8 if 3 in (cache_format.key_bits, cache_format.value_bits) else 4
-        return head_size // (4 * fields), 4, False, None
-    # fewer registers spill; with 168 12 warps fit a multiprocessor, with 96 20
+        return head_size // (4 * fields), 4, False, 1, None
+    # fewer registers spill; with 168 12 warps fit a multiprocessor, with 96 20 (H200, 2026-11-24)
     usual = (cache_format.key_bits, cache_format.value_bits) == (4, 2)
-    return max(1, head_size // 128), 8, True, (96 if head_size == 64 else 168) if usual else None
+    lanes, warps, registers = {64: (1, 1, 96), 128: (2, 4, 96), 256: (2, 1, 168)}[head_size]
+    return lanes, 8, True, warps, registers if usual else None
 
 
 def store_nvidia(
@@ -479,11 +481,12 @@ def store_nvidia(
 ) -> None:
     """store.store after its checks."""
     num_kv_heads = key.shape[1]
+    lanes, group, tiled, warps, maxnreg = launch_shape(cache_format, num_tokens * num_kv_heads >= LARGE_BATCH)
     # a tile is full, and its offsets fit 32 bits
-    tiles = num_tokens >= 32 and max(key.stride(0), value.stride(0)) < 2**26
-    lanes, group, tiled, maxnreg = launch_shape(cache_format, tiles and num_tokens * num_kv_heads >= LARGE_BATCH)
+    if tiled and (num_tokens < warps * 32 // lanes or max(key.stride(0), value.stride(0)) >= 2**26):
+        lanes, group, tiled, warps, maxnreg = launch_shape(cache_format, False)
     key_ptx, value_ptx, magnitudes = _ptx(cache_format)
-    _store_kernel[(num_kv_heads, triton.cdiv(num_tokens, 32 // lanes), 2)](
+    _store_kernel[(num_kv_heads, triton.cdiv(num_tokens, warps * 32 // lanes), 2)](
         key,
         value,
         key_centre,
@@ -508,7 +511,7 @@ def store_nvidia(
         LANES=lanes,
         GROUP=group,
         TILED=tiled,
-        num_warps=1,
+        num_warps=warps,
         maxnreg=maxnreg,
         enable_fp_fusion=False,
     )
