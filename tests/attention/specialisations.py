@@ -28,14 +28,14 @@ JITFunction.run = GluonJITFunction.run = bind
 torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=132)
 
 from vllm_powerquant.attention.cache_format import CacheFormat  # noqa: E402
-from vllm_powerquant.attention.kernels import gpu_kernels, rows_hopper, store  # noqa: E402
+from vllm_powerquant.attention.kernels import flash, rows_hopper, store  # noqa: E402
 from vllm_powerquant.attention.kernels.cpu_kernels import ExactBlocks  # noqa: E402
 from vllm_powerquant.attention.kernels.gpu_kernels import GpuKernels  # noqa: E402
 from vllm_powerquant.attention.kernels.prefill import Workspace  # noqa: E402
 from vllm_powerquant.attention.kernels.step import StepPlan  # noqa: E402
 
 store._has_nvidia_kernel = lambda device: True
-gpu_kernels.flash_attention = lambda *args, **kwargs: None  # of protected layers: vLLM's own
+flash.flash_attention = lambda *args, **kwargs: None  # of protected layers: vLLM's own
 device, dtype = torch.device("cpu"), torch.bfloat16
 
 

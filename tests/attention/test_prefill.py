@@ -13,6 +13,7 @@ from vllm_powerquant.attention import reference
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.kernels import prefill
 from vllm_powerquant.attention.kernels.cpu_kernels import ExactBlocks
+from vllm_powerquant.attention.kernels.flash import attend_pages
 from vllm_powerquant.attention.kernels.prefill import ChunkPlan, Workspace, attend_chunks, gather_context
 from vllm_powerquant.attention.rotation import SUPPORTED_HEAD_SIZES, unrotate
 
@@ -62,7 +63,7 @@ def attended(
         batch.chunk(batch.keys).to(device),
         batch.chunk(batch.values).to(device),
         out,
-        None if batch.cache is None else batch.cache.to(device),
+        batch.cache.to(device),
         batch.block_table.to(device),
         torch.tensor([0, *batch.queries]).cumsum(0).int().to(device),
         torch.tensor(lens).int().to(device),
@@ -171,8 +172,21 @@ def test_only_exact_blocks(block_size, num_kv_heads, flash):
     batch = Batch(CacheFormat(64), [200, 0], [3, 70], num_kv_heads, 3, torch.float16, exact_block_size=block_size)
     exact = batch.exact_blocks(0, 2**31 - 1)
     filled(batch, exact)
-    batch.cache = None
-    got, start = attended(batch, exact, workspace=workspace_of(batch, flash)), 0
+    out, start = batch.out.to(device), 0
+    lens = [len(keys) for keys in batch.keys]
+    attend_pages(
+        workspace_of(batch, flash).flash_version,
+        batch.query.to(device),
+        out,
+        exact.cache.to(device),
+        batch.exact_table.to(device),
+        torch.tensor([0, *batch.queries]).cumsum(0).int().to(device),
+        torch.tensor(lens).int().to(device),
+        max(batch.queries),
+        max(lens),
+        batch.format.head_size**-0.5,
+    )
+    got = out.cpu()
     for r, queries in enumerate(batch.queries):
         keys, values = (x[r].double().repeat_interleave(3, dim=1).transpose(0, 1) for x in (batch.keys, batch.values))
         total = keys.shape[1]

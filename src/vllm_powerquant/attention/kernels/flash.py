@@ -119,6 +119,41 @@ def clear_tails(values: torch.Tensor, seq_lens: torch.Tensor, block_table: torch
     )
 
 
+def attend_pages(
+    version: int | None,
+    query: torch.Tensor,
+    out: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_query_len: int,
+    max_key_len: int,
+    scale: float,
+) -> None:
+    """Causal attention of the last queries of each request over uncompressed pages, which hold the queries' own tokens too.
+
+    Args: as for flash_attention; pages [num_pages, num_kv_heads, page_size, 2 * head_size], keys beside values
+    """
+    keys, values = pages.transpose(1, 2).split(query.shape[2], dim=-1)
+    if max_query_len > 1:
+        clear_tails(values, seq_lens, block_table)
+    flash_attention(
+        version,
+        query,
+        keys,
+        values,
+        out,
+        query_start,
+        max_query_len,
+        max_key_len,
+        scale,
+        causal=True,
+        seq_lens=seq_lens,
+        block_table=block_table,
+    )
+
+
 @triton.jit(
     do_not_specialize=["stride_table", "stride_lse"],
     do_not_specialize_on_alignment=["query_start_ptr", "key_start_ptr", "table_ptr"],

@@ -9,7 +9,7 @@ import triton
 
 from ..cache_format import CacheFormat
 from .cpu_kernels import ExactBlocks
-from .flash import clear_tails, flash_attention, flash_attention_version
+from .flash import attend_pages, clear_tails, flash_attention_version
 from .prefill import PAGE_TOKENS, Workspace, attend_chunks
 from .rows import PortableRows
 from .rows_hopper import HopperRows
@@ -145,22 +145,17 @@ class GpuKernels:
         """
         if cache is None:
             tokens = plan.num_tokens
-            keys, values = exact.cache.transpose(1, 2).split(self.format.head_size, dim=-1)
-            if plan.max_query_len > 1:
-                clear_tails(values, plan.seq_lens, exact_block_table)
-            flash_attention(
+            attend_pages(
                 _flash_version(self.format.head_size, query.dtype, self.device),
                 query[:tokens],
-                keys,
-                values,
                 out[:tokens],
+                exact.cache,
+                exact_block_table,
                 plan.query_start_loc,
+                plan.seq_lens,
                 plan.max_query_len,
                 plan.max_seq_len,
-                causal=True,
-                seq_lens=plan.seq_lens,
-                block_table=exact_block_table,
-                scale=scale,
+                scale,
             )
             return
         n, tokens = plan.num_rows, plan.num_row_tokens

@@ -198,7 +198,7 @@ def attend_chunks(
     key: torch.Tensor,
     value: torch.Tensor,
     out: torch.Tensor,
-    cache: torch.Tensor | None,
+    cache: torch.Tensor,
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -210,8 +210,6 @@ def attend_chunks(
 ) -> None:
     """Attention of each request's chunk: raw keys and values inside it, packed pages and exact blocks before it.
 
-    Without a cache every position, the chunk's too, must lie in its exact block.
-
     Args: query, out [n, num_heads, head_size]; key, value [n, num_kv_heads, head_size], n = plan.num_tokens; cache
           [num_blocks, num_kv_heads, block_size, slot_bytes] uint8; block_table, exact_table [num_requests, ...],
           query_start_loc [num_requests + 1] (from 0), seq_lens [num_requests] int32; key_centre [num_kv_heads, head_size]
@@ -219,11 +217,6 @@ def attend_chunks(
     """
     workspace = plan.workspace
     flash = functools.partial(flash_attention, workspace.flash_version, scale=scale)
-    if cache is None:
-        keys, values = exact.cache.transpose(1, 2).split(query.shape[2], dim=-1)
-        pages = {"seq_lens": seq_lens, "block_table": exact_table}
-        flash(query, keys, values, out, query_start_loc, plan.max_query_len, plan.max_seq_len, causal=True, **pages)
-        return
     gather = functools.partial(
         gather_context,
         workspace,
