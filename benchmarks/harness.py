@@ -86,14 +86,15 @@ def _git_commit() -> str:
         return ""
 
 
-def append_rows(path: Path | None, rows: Iterable[Row]) -> None:
-    """Append to the CSV at once, so that a run that is cut off keeps what it measured."""
-    if path is None:
+def append_rows(path: Path | None, rows: Iterable) -> None:
+    """Append dataclasses of one kind to the CSV at once, so that a run that is cut off keeps what it measured."""
+    rows = list(rows)
+    if path is None or not rows:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, Row.__dataclass_fields__)
+        writer = csv.DictWriter(file, rows[0].__dataclass_fields__)
         if is_new:
             writer.writeheader()
         for row in rows:

@@ -1,0 +1,150 @@
+"""How far a compressed cache moves a model's answers (vllm_powerquant.quality), on three texts at several prompt lengths.
+
+    python benchmarks/bench_quality.py --out benchmarks/results/quality/smollm2.csv
+    python benchmarks/bench_quality.py --tokens 1024 --only "K4/V2" "K4/V2, no sinks" --split tune
+
+The prompt's keys and values are exact (computed uncompressed); 128 true tokens follow in chunks of 16. A figure is the mean
+over texts and rotation seeds with its 95 % confidence interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import harness
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vllm_powerquant import quality
+from vllm_powerquant.attention.hf_cache import PowerQuantCache
+from vllm_powerquant.model import prepare_model
+
+TEXTS = Path(__file__).parent / "texts"
+CONFIGURATIONS = {
+    "K8/V8": {"key_bits": 8, "value_bits": 8},
+    "K4/V4": {"value_bits": 4},
+    "K4/V3": {"value_bits": 3},
+    "K4/V2": {},
+    "K4/V2, centred keys": {"centred": True},
+    "K4/V2, 2 + 2 layers protected": {"protected_layers": 2},
+    "K4/V2, no sinks": {"sink_tokens": 0},
+    "K4/V2, nothing exact": {"residual_tokens": 0, "sink_tokens": 0},
+    "K3/V2": {"key_bits": 3},
+    "K3/V2, centred keys": {"key_bits": 3, "centred": True},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text decoded through one cache: quality.Metrics, and what the cache holds at the end of it."""
+
+    model: str
+    text: str  # file, and the first token of the prompt in its split
+    split: str
+    prompt_tokens: int
+    positions: int
+    configuration: str
+    seed: int
+    kl: float
+    top1: float
+    tv: float
+    nll: float
+    nll_exact: float
+    held_bytes: int
+    exact_bytes: int  # of the uncompressed cache
+    torch: str
+    transformers: str
+    commit: str
+    date: str
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="Hugging Face checkpoint (default: the embedded SmolLM2)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048], help="prompt lengths")
+    parser.add_argument("--positions", type=int, default=128, help="tokens decoded after the prompt")
+    parser.add_argument("--chunk", type=int, default=16, help="tokens decoded at a time")
+    parser.add_argument("--segments", type=int, default=2, help="of each text")
+    parser.add_argument("--seeds", type=int, default=4, help="rotations")
+    parser.add_argument("--split", choices=quality.SPLITS, default="report")
+    parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    parser.add_argument("--threads", type=int, default=1, help="more gain little and wait for whatever else runs")
+    harness.add_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    import transformers
+
+    args = parse()
+    torch.set_num_threads(args.threads)
+    path = args.model or prepare_model()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    # longer than any context: only cut pieces of it are given to the model
+    tokenizer.model_max_length = 10**9
+    ids = {file.stem: tokenizer(quality.read_text(file))["input_ids"] for file in sorted(TEXTS.glob("*.txt"))}
+    where = harness.environment(args.commit)
+    where = {"torch": where["torch"], "transformers": transformers.__version__} | {k: where[k] for k in ("commit", "date")}
+    centres = None
+    if any("centred" in CONFIGURATIONS[name] for name in args.only):
+        runs = [quality.cut(x, "calibrate", 1024, 2) for x in ids.values()]
+        centres = quality.key_centres(model, tqdm([run for of_text in runs for run in of_text], "centres", leave=False))
+    print(f"{model.name_or_path}, {where}")
+    for tokens in args.tokens:
+        segments = []
+        for name, of_text in tqdm(ids.items(), f"{tokens} tokens: uncompressed", leave=False):
+            runs = quality.cut(of_text, args.split, tokens + args.positions, args.segments)
+            segments += [quality.make_segment(model, f"{name} {i}", run, tokens, args.chunk) for i, run in enumerate(runs)]
+        print(
+            f"\nprompts of {tokens} tokens: {len(segments)} texts x {args.seeds} rotations x {segments[0].positions} tokens"
+        )
+        print(f"{'':32}{'KL, nats':>19}{'top-1, %':>15}{'TV':>17}{'perplexity':>19}{'bytes held':>12}")
+        for name in args.only:
+            rows = measure(model, segments, tokens, name, centres, args, where)
+            harness.append_rows(args.out, [row for of_text in rows for row in of_text])
+            print_line(name, rows)
+
+
+def measure(model, segments, tokens: int, name: str, centres, args, where: dict) -> list[list[Row]]:
+    """Rows [texts][seeds] of a configuration."""
+    config = model.config
+    options = dict(CONFIGURATIONS[name])
+    if options.pop("centred", False):
+        options["key_centres"] = centres
+    progress = tqdm(total=len(segments) * args.seeds, desc=name, leave=False)
+    rows = []
+    for segment in segments:
+        rows.append([])
+        for seed in range(args.seeds):
+            cache = PowerQuantCache(config.num_hidden_layers, config.head_dim, seed=seed, **options)
+            metrics = quality.measure(model, segment, lambda cache=cache: cache, args.chunk)
+            exact = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) * 2
+            shape = (Path(str(model.name_or_path)).name, segment.name, args.split, tokens, segment.positions, name, seed)
+            values = (getattr(metrics, field) for field in quality.metric_names())
+            rows[-1].append(Row(*shape, *values, cache.held_bytes(), exact, **where))
+            progress.update()
+    progress.close()
+    return rows
+
+
+def print_line(name: str, rows: list[list[Row]]) -> None:
+    def interval(field: str, factor: float = 1.0, digits: int = 4) -> str:
+        e = quality.estimate([[getattr(row, field) * factor for row in of_text] for of_text in rows])
+        return f"{e.mean:.{digits}f} +- {e.half_width:.{digits}f}"
+
+    every = [row for of_text in rows for row in of_text]
+    ours, exact = quality.perplexity(every)
+    held = every[0].held_bytes / every[0].exact_bytes
+    print(
+        f"{name:32}{interval('kl'):>19}{interval('top1', 100, 1):>15}{interval('tv'):>17}"
+        f"{f'{ours:.3f} ({100 * (ours / exact - 1):+.1f} %)':>19}{f'{100 * held:.1f} %':>12}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""A Transformers cache that holds packed slots, in plain PyTorch: what quality is measured with.
+
+Every token is packed as in vLLM's pages; the newest and the first tokens of a sequence stay exact, as vllm_backend.py keeps
+them. What attention reads lies in one buffer a layer: a token is exact there until it leaves the window, then it is what its
+packed slot decodes to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from . import reference
+from .cache_format import CacheFormat
+from .rotation import unrotate
+
+_GROWTH = 256  # tokens by which buffers grow, at least
+
+
+class PowerQuantLayer(CacheLayerMixin):
+    """One layer's packed keys and values, and the buffer that attention reads.
+
+    Args: cache_format: None keeps every token exact (a protected layer); residual_tokens, sink_tokens: as in vLLM's options;
+          key_centre [num_kv_heads, head_size] fp32, subtracted from keys before they are packed; signs [head_size] fp32 of
+          +-1, another rotation than the shipped one
+    """
+
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(
+        self,
+        cache_format: CacheFormat | None,
+        residual_tokens: int = 128,
+        sink_tokens: int = 4,
+        key_centre: torch.Tensor | None = None,
+        signs: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.format = cache_format
+        self.residual_tokens, self.sink_tokens = residual_tokens, sink_tokens
+        self.key_centre, self.signs = key_centre, signs
+        self.length = 0
+        self.packed_until = 0  # positions before it are read as packed, but for the sinks
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        batch, heads, _, head_size = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._keys = key_states.new_empty(batch, heads, 0, head_size)
+        self._values = value_states.new_empty(batch, heads, 0, value_states.shape[-1])
+        slot_bytes = self.format.layout.slot_bytes if self.format else 0
+        self.packed = torch.empty(batch, 0, heads, slot_bytes, dtype=torch.uint8, device=self.device)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append a chunk [batch, num_kv_heads, n, head_size] -> keys, values of the whole sequence for its queries.
+
+        The chunk itself is exact, and the residual_tokens - 1 tokens before it.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.format is not None:
+            self._leave_window(self.length - max(self.residual_tokens - 1, 0))
+        end = self.length + key_states.shape[-2]
+        self._reserve(end)
+        self._keys[..., self.length : end, :] = key_states
+        self._values[..., self.length : end, :] = value_states
+        if self.format is not None:
+            self.packed[:, self.length : end] = self._encode(key_states, value_states)
+        self.length = end
+        return self.keys, self.values
+
+    def _reserve(self, length: int) -> None:
+        """Room for so many tokens in every buffer; the history is copied a number of times that grows with its logarithm."""
+        have = self._keys.shape[-2]
+        if length > have:
+            more = max(length - have, have, _GROWTH)
+            self._keys = torch.cat((self._keys, self._keys.new_zeros(*self._keys.shape[:2], more, self._keys.shape[-1])), -2)
+            self._values = torch.cat(
+                (self._values, self._values.new_zeros(*self._values.shape[:2], more, self._values.shape[-1])), -2
+            )
+            batch, _, heads, slot_bytes = self.packed.shape
+            self.packed = torch.cat((self.packed, self.packed.new_zeros(batch, more, heads, slot_bytes)), 1)
+
+    def _encode(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """[batch, heads, n, head_size] -> slots [batch, n, heads, slot_bytes]."""
+        batch, heads, n, head_size = key.shape
+        key, value = (x.transpose(1, 2).reshape(batch * n, heads, head_size).float() for x in (key, value))
+        if self.key_centre is not None:
+            key = key - self.key_centre
+        if self.signs is not None:
+            key, value = key * self.signs, value * self.signs
+        return reference.encode(self.format, key, value).view(batch, n, heads, -1)
+
+    def _decode(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inverse of _encode, as far as there is one, in the model's dtype."""
+        key_idx, key_scale, value_idx, value_scale = self.format.layout.unpack_slots(slots)
+        key = unrotate(reference.dequantize(key_idx, key_scale, self.format.key_codebook)).float()
+        value = unrotate(reference.dequantize(value_idx, value_scale, self.format.value_codebook)).float()
+        if self.signs is not None:
+            key, value = key * self.signs, value * self.signs
+        if self.key_centre is not None:
+            key = key + self.key_centre
+        return key.transpose(1, 2).to(self.dtype), value.transpose(1, 2).to(self.dtype)
+
+    def _leave_window(self, start: int) -> None:
+        """From now on tokens before `start` are read as packed, but for the sinks."""
+        first = max(self.packed_until, self.sink_tokens)
+        if start > first:
+            keys, values = self._decode(self.packed[:, first:start])
+            self._keys[..., first:start, :], self._values[..., first:start, :] = keys, values
+        self.packed_until = max(self.packed_until, start)
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """[batch, num_kv_heads, length, head_size], as attention reads them."""
+        return self._keys[..., : self.length, :] if self.is_initialized else None
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self._values[..., : self.length, :] if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, _) -> None:
+        """The base class starts with None."""
+
+    @values.setter
+    def values(self, _) -> None:
+        pass
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def reset(self) -> None:
+        self.is_initialized, self.length, self.packed_until = False, 0, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove tokens; what had left the window before stays packed."""
+        self.length = max(0, self.length - abs(tokens_to_remove))
+        self.packed_until = min(self.packed_until, self.length)
+
+    def held_bytes(self) -> int:
+        """Bytes that a cache of this layer has to hold: a packed slot a token, and the exact rows of window and sinks."""
+        if not self.is_initialized:
+            return 0
+        batch, heads, _, head_size = self._keys.shape
+        row = 2 * head_size * self._keys.element_size()
+        if self.format is None:
+            return batch * heads * self.length * row
+        exact = min(self.length, self.residual_tokens + self.sink_tokens)
+        return batch * heads * (self.length * self.format.layout.slot_bytes + exact * row)
+
+
+class PowerQuantCache(Cache):
+    """A PowerQuantLayer for every layer of a model.
+
+    Args: num_layers; head_size; protected_layers: so many first and last layers keep every token exact; key_centres: one
+          [num_kv_heads, head_size] fp32 a layer; seed: of a rotation other than the shipped one (0)
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        head_size: int,
+        key_bits: int = 4,
+        value_bits: int = 2,
+        residual_tokens: int = 128,
+        sink_tokens: int = 4,
+        protected_layers: int = 0,
+        key_centres: Sequence[torch.Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        cache_format = CacheFormat(head_size, key_bits, value_bits)
+        signs = None
+        if seed:
+            generator = torch.Generator().manual_seed(seed)
+            signs = torch.randint(0, 2, (head_size,), generator=generator).float() * 2 - 1
+        layers = [
+            PowerQuantLayer(
+                cache_format if protected_layers <= i < num_layers - protected_layers else None,
+                residual_tokens,
+                sink_tokens,
+                None if key_centres is None else key_centres[i],
+                signs,
+            )
+            for i in range(num_layers)
+        ]
+        super().__init__(layers=layers)
+
+    def held_bytes(self) -> int:
+        """Bytes that a cache of these layers has to hold, centres and rotation counted."""
+        tables = sum(x.numel() * 4 for x in (layer.key_centre for layer in self.layers) if x is not None)
+        return sum(layer.held_bytes() for layer in self.layers) + tables

@@ -1,0 +1,99 @@
+"""The Transformers cache against the reference's attention, and through a real model."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from vllm_powerquant.attention import reference
+from vllm_powerquant.attention.cache_format import CacheFormat
+from vllm_powerquant.attention.hf_cache import PowerQuantCache, PowerQuantLayer
+from vllm_powerquant.attention.rotation import hadamard_transform
+
+
+def chunks(lengths: list[int], batch: int = 1, heads: int = 2, head_size: int = 64, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    return [tuple(torch.randn(batch, heads, n, head_size, generator=g) for _ in "kv") for n in lengths]
+
+
+def attended(query, keys, values) -> torch.Tensor:
+    """Causal attention of the last queries, float64: [heads, n, head_size]."""
+    n, total = query.shape[1], keys.shape[1]
+    mask = torch.arange(total)[None] <= torch.arange(total - n, total)[:, None]
+    return torch.nn.functional.scaled_dot_product_attention(query.double(), keys.double(), values.double(), attn_mask=mask)
+
+
+@pytest.mark.parametrize("residual_tokens, sink_tokens", [(128, 4), (0, 0), (0, 4), (1, 0), (16, 20)])
+@pytest.mark.parametrize("centred", [False, True])
+def test_chunks_are_attended_as_the_reference_attends(centred, residual_tokens, sink_tokens):
+    """Chunk after chunk, the same window, sinks and packed tokens as reference.attend's."""
+    cache_format, lengths = CacheFormat(64), [70, 1, 1, 90, 3]
+    centre = torch.randn(2, 64, generator=torch.Generator().manual_seed(9)) if centred else None
+    layer = PowerQuantLayer(cache_format, residual_tokens, sink_tokens, centre)
+    pages = torch.zeros(3, 2, 128, cache_format.layout.slot_bytes, dtype=torch.uint8)
+    exact = torch.zeros(13, 2, 16, 128)
+    table, exact_table, length = torch.tensor([2, 1]), torch.arange(1, 13), 0
+    for key, value in chunks(lengths):
+        n = key.shape[2]
+        query = torch.randn(2, n, 64, generator=torch.Generator().manual_seed(length))
+        keys, values = layer.update(key, value)
+        rows_k, rows_v = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        want = reference.attend(
+            cache_format, query.transpose(0, 1), rows_k, rows_v, pages, table, length, 0.125, centre, exact, exact_table,
+            residual_tokens, sink_tokens,
+        )  # fmt: skip
+        got = attended(query, keys[0], values[0]).transpose(0, 1)
+        assert (got - want).norm() / want.norm() < 1e-6
+        position = torch.arange(length, length + n)
+        reference.store(cache_format, pages, rows_k, rows_v, table[position // 128] * 128 + position % 128, centre)
+        exact[exact_table[position // 16], :, position % 16] = torch.cat((rows_k, rows_v), -1)
+        length += n
+
+
+def test_a_protected_layer_keeps_every_token():
+    layer, given = PowerQuantLayer(None), chunks([300, 7])
+    for key, value in given:
+        keys, values = layer.update(key, value)
+    assert torch.equal(keys, torch.cat([k for k, _ in given], 2)) and torch.equal(
+        values, torch.cat([v for _, v in given], 2)
+    )
+
+
+def test_every_seed_is_another_rotation_of_the_same_error():
+    key, value = chunks([512])[0]
+    errors, packed = [], []
+    for seed in range(3):
+        layer = PowerQuantCache(1, 64, residual_tokens=0, sink_tokens=0, seed=seed).layers[0]
+        layer.update(key, value)
+        keys, _ = layer.update(key[:, :, :1], value[:, :, :1])
+        errors.append(float((keys[:, :, :512] - key).square().mean() / key.square().mean()))
+        packed.append(layer.packed[:, :512])
+    assert all(error == pytest.approx(0.0095, rel=0.1) for error in errors)
+    assert not torch.equal(packed[0], packed[1]) and not torch.equal(packed[1], packed[2])
+
+
+def test_held_bytes_count_slots_and_exact_rows():
+    cache = PowerQuantCache(4, 64, protected_layers=1)
+    for layer in cache.layers:
+        layer.update(*chunks([1000])[0])
+    slot, row = 2 * CacheFormat(64).layout.slot_bytes, 2 * 2 * 64 * 4
+    assert cache.held_bytes() == 2 * 1000 * row + 2 * (1000 * slot + 132 * row)
+
+
+def test_crop_forgets_the_last_tokens():
+    layer, (key, value) = PowerQuantLayer(CacheFormat(64), 16, 0), chunks([200])[0]
+    layer.update(key, value)
+    layer.crop(-50)
+    keys, _ = layer.update(key[:, :, :1], value[:, :, :1])
+    assert keys.shape[2] == 151
+    assert torch.equal(keys[:, :, 135:150], key[:, :, 135:150])
+    error = (keys[:, :, :135] - key[:, :, :135]).norm() / key[:, :, :135].norm()
+    assert error == pytest.approx(hadamard_error(key[:, :, :135]), rel=1e-4)
+
+
+def hadamard_error(x: torch.Tensor) -> float:
+    """Relative error of 4-bit codes of x, by the reference."""
+    book, cache_format = CacheFormat(64).key_codebook, CacheFormat(64)
+    codes = reference.dequantize(*reference.quantize(x, book, cache_format.scale_factor(book)), book)
+    h = hadamard_transform(x) / 8
+    return float((codes - h).norm() / h.norm())

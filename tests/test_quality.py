@@ -1,0 +1,92 @@
+"""The quality library: what its numbers mean, and that a real model's answers move as they should."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from vllm_powerquant import quality
+from vllm_powerquant.attention.hf_cache import PowerQuantCache
+from vllm_powerquant.errors import PowerQuantConfigError
+
+TEXTS = Path(__file__).parent.parent / "benchmarks" / "texts"
+
+
+def test_splits_share_no_token():
+    ids = list(range(1000))
+    parts = [set(sum(quality.cut(ids, split, 100, 3), [])) for split in quality.SPLITS]
+    assert all(not a & b for i, a in enumerate(parts) for b in parts[:i])
+    assert [run[0] for run in quality.cut(ids, "report", 100, 3)] == [500, 700, 900]
+
+
+def test_a_split_too_short_is_refused():
+    with pytest.raises(PowerQuantConfigError, match="has 250 tokens, 300 are wanted"):
+        quality.cut(list(range(1000)), "tune", 300, 1)
+    with pytest.raises(PowerQuantConfigError, match="calibrate, tune, report, got 'test'"):
+        quality.cut([], "test", 1, 1)
+
+
+def test_metrics_of_two_known_distributions():
+    exact, got = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.25, 0.5, 0.25]]).log()
+    metrics = quality.compare(exact, got, torch.tensor([1]))
+    assert metrics.kl == pytest.approx(0.25 * math.log(2))
+    assert metrics.top1 == 0 and metrics.tv == pytest.approx(0.25)
+    assert metrics.nll == pytest.approx(math.log(2)) and metrics.nll_exact == pytest.approx(math.log(4))
+    assert quality.compare(exact, exact, torch.tensor([0])).kl == 0
+
+
+@pytest.mark.parametrize("text_spread, seed_spread", [(1.0, 0.1), (0.1, 1.0), (0.0, 0.0)])
+def test_the_interval_holds_the_mean_19_times_in_20(text_spread, seed_spread):
+    """Texts and seeds each with their own scatter, 8 by 4; a simple interval of the 32 cells would hold it half as often."""
+    g = torch.Generator().manual_seed(1)
+    held = 0
+    for _ in range(400):
+        texts, seeds = torch.randn(8, 1, generator=g) * text_spread, torch.randn(1, 4, generator=g) * seed_spread
+        e = quality.estimate((texts + seeds + 0.2 * torch.randn(8, 4, generator=g)).tolist())
+        held += abs(e.mean) <= e.half_width
+    assert held >= 0.93 * 400
+
+
+def test_one_text_has_no_interval():
+    assert math.isnan(quality.estimate([[1.0, 2.0]]).half_width)
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import AutoModelForCausalLM
+
+    from vllm_powerquant.model import prepare_model
+
+    return AutoModelForCausalLM.from_pretrained(prepare_model(), dtype=torch.bfloat16).eval()
+
+
+@pytest.fixture(scope="module")
+def segment(model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    ids = tokenizer(quality.read_text(TEXTS / "prose.txt"))["input_ids"]
+    return quality.make_segment(model, "prose", quality.cut(ids, "tune", 417, 1)[0], 384)
+
+
+def cache_of(model, **options):
+    config = model.config
+    return lambda: PowerQuantCache(config.num_hidden_layers, config.head_dim, **options)
+
+
+@pytest.mark.slow
+def test_more_bits_and_more_exact_tokens_move_a_model_less(model, segment):
+    exact = quality.measure(model, segment, cache_of(model, protected_layers=99))
+    assert exact.kl < 1e-6 and exact.top1 == 1 and exact.nll == pytest.approx(exact.nll_exact)
+    bare = {"residual_tokens": 0, "sink_tokens": 0}
+    eight, four, two = (
+        quality.measure(model, segment, cache_of(model, key_bits=k, value_bits=v, **bare))
+        for k, v in ((8, 8), (4, 4), (4, 2))
+    )
+    windowed = quality.measure(model, segment, cache_of(model))
+    assert eight.kl < 0.01 < four.kl < two.kl
+    assert windowed.kl < two.kl / 3
+    assert segment.positions == 33
