@@ -76,6 +76,11 @@ _SUM = {
 # the bits of 2^23 + 128 + the largest p; a moved maximum is placed at 2^13
 _OVERFLOW = gl.constexpr(0x4B000000 + 128 + 32639)
 _PLACE = gl.constexpr(13.0)
+_SHIFT = gl.constexpr(
+    # the low part without its carry is the top byte of a second word
+    "{ .reg .b32 h, w; shr.s32 h, $3, 8; add.s32 h, $2, h; shl.b32 w, $3, 24; shf.r.clamp.b32 w, w, h, $4; "
+    "shr.u32 $1, w, 24; shr.s32 $0, h, $4; }"
+)
 
 
 @gluon.jit
@@ -144,15 +149,14 @@ def _join_halves(hi, lo, R: gl.constexpr, N: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
-def _rescale(a, factor, R: gl.constexpr, N: gl.constexpr, L: gl.constexpr):
-    """Multiply rows by factor [8 R], exact to half a unit of the low part."""
+def _shifted(a, shift, R: gl.constexpr, N: gl.constexpr, L: gl.constexpr):
+    """Rows of 256 high + low divided by 2^shift [8 * R], rounded down."""
     hi, lo = _halves(a, R, N)
-    f = (hi.to(gl.float32) * 256.0 + lo.to(gl.float32)) * gl.convert_layout(factor, gl.SliceLayout(1, hi.type.layout))[
-        :, None
-    ]
-    high = gl.floor(f * 0.00390625 + 0.5)
-    low = gl.floor(f - high * 256.0 + 0.5)
-    return _join_halves(high.to(gl.int32), low.to(gl.int32), R, N, L)
+    shift = gl.convert_layout(shift, gl.SliceLayout(1, hi.type.layout))[:, None] + gl.zeros_like(hi)
+    hi, lo = gl.inline_asm_elementwise(
+        _SHIFT, "=r,=r,r,r,r", [hi, lo, shift], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+    )
+    return _join_halves(hi, lo, R, N, L)
 
 
 @gluon.jit
@@ -348,7 +352,8 @@ def _decode_kernel(
                         masked = masked | (t * 64 < SINKS)
                     # rare: a larger score than any before, or a tile of which not every token is read packed
                     if (top > _OVERFLOW) | masked:
-                        packed = pos >= 0
+                        y = y * qs[:, None]
+                        value_scale = scales.slice(64, 64).load(LPOS).to(gl.float32)
                         if masked:
                             position = t * 64 + ((pos >> 1) & 7) * 8 + ((pos >> 4) & 3) * 2 + (pos & 1)
                             packed = position < context
@@ -356,20 +361,21 @@ def _decode_kernel(
                                 exact = (position < SINKS) | ((position > context - RESIDUAL) & (RESIDUAL > 0))
                                 block = gl.load(exact_table + position // EXACT_BLOCK, mask=packed & exact, other=0)
                                 packed = packed & (block == 0)
-                        packed = packed[None, :]
-                        y = y * qs[:, None]
-                        value_scale = scales.slice(64, 64).load(LPOS).to(gl.float32)
-                        highest = gl.max(gl.where(packed, y + lg2(value_scale)[None, :], -1e30), 1) - _PLACE
+                            # what lies there may be anything
+                            y = gl.where(packed[None, :], y, float("-inf"))
+                            value_scale = gl.where(packed, value_scale, 0.0)
+                        # whole steps, so that sums are rescaled by shifts
+                        highest = gl.floor(gl.max(y + lg2(value_scale)[None, :], 1) + (0.5 - _PLACE))
                         m1 = gl.maximum(m, highest)
-                        factor = ex2(m - m1)
-                        p = gl.where(packed, ex2(y - m1[:, None]), 0.0)
+                        p = ex2(y - m1[:, None])
                         lane_sum = gl.convert_layout(gl.sum(p.reshape([8 * R, 4, 16]), 2), LSUM, assert_trivial=True)
-                        norm1 = norm * gl.convert_layout(factor, gl.SliceLayout(1, LSUM))[:, None] + lane_sum
-                        weights = gl.where(packed, p * value_scale[None, :] + dither[None, :], 0.0) + 8388736.0
+                        norm1 = norm * gl.convert_layout(ex2(m - m1), gl.SliceLayout(1, LSUM))[:, None] + lane_sum
+                        weights = p * value_scale[None, :] + dither[None, :] + 8388736.0
                         weights = weights.to(gl.int32, bitcast=True)
                         if t > t0:
-                            acc = _rescale(acc, factor, R, D, MMA)
-                            ones = _rescale(ones, factor, R, 8, MMA)
+                            shift = gl.minimum(m1 - m, 31.0).to(gl.int32)
+                            acc = _shifted(acc, shift, R, D, MMA)
+                            ones = _shifted(ones, shift, R, 8, MMA)
                         m = m1
                     norm = norm1
                     p_high, p_low = split_bytes(weights)

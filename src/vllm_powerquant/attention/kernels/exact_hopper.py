@@ -154,18 +154,24 @@ def _copy_unit(
     stride_block, stride_k_token, stride_v_token, r2, c2, r1, c1,
     D: gl.constexpr, EXACT_BLOCK: gl.constexpr, HAS_EXACT: gl.constexpr,
 ):  # fmt: skip
-    """Start the copy of a unit below unit1 to smem [UNIT, 2 * D]; what is not to be seen keeps what was there."""
+    """Start the copy of a unit below unit1 to smem [UNIT, 2 * D]; rows that are not to be seen then hold something finite.
+
+    Only one copy of a group may write a byte, with data or with the zeros that a masked one may leave.
+    """
     first, low, high = _unit(unit, sink_units, exact_units, num_sinks, window, context, queries)
-    if HAS_EXACT:
-        at = blocks_at + block.to(gl.int64) * stride_block + first % EXACT_BLOCK * (2 * D)
-        i = first + r2
-        wanted = (i >= low) & (i < high) & (block > 0)
-        if EXACT_BLOCK < UNIT:
-            rows = at + r2 % EXACT_BLOCK * (2 * D)
-        else:
-            rows = at + r2 * (2 * D)
-        async_copy.async_copy_global_to_shared(smem, rows[:, None] + c2[None, :], mask=wanted[:, None] & (c2 >= 0)[None, :])
-    if (unit >= exact_units) & (unit < unit1):
+    if unit < exact_units:
+        if HAS_EXACT:
+            at = blocks_at + block.to(gl.int64) * stride_block + first % EXACT_BLOCK * (2 * D)
+            i = first + r2
+            wanted = (i >= low) & (i < high) & (block > 0)
+            if EXACT_BLOCK < UNIT:
+                rows = at + r2 % EXACT_BLOCK * (2 * D)
+            else:
+                rows = at + r2 * (2 * D)
+            async_copy.async_copy_global_to_shared(
+                smem, rows[:, None] + c2[None, :], mask=wanted[:, None] & (c2 >= 0)[None, :]
+            )
+    elif unit < unit1:
         own = first + r1
         seen = (own < high)[:, None] & (c1 >= 0)[None, :]
         keys = keys_at + own.to(gl.int64) * stride_k_token
