@@ -64,13 +64,14 @@ class Row:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="smollm2, gemma, or a Hugging Face checkpoint")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048], help="prompt lengths")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 2048], help="prompt lengths")
     parser.add_argument("--positions", type=int, default=128, help="tokens decoded after the prompt")
     parser.add_argument("--chunk", type=int, default=16, help="tokens decoded at a time")
     parser.add_argument("--segments", type=int, default=2, help="of each text")
     parser.add_argument("--seeds", type=int, default=4, help="rotations")
     parser.add_argument("--split", choices=quality.SPLITS, default="report")
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    parser.add_argument("--needle", type=int, nargs="*", default=[], metavar="TOKENS", help="hide facts in so many tokens")
     parser.add_argument("--threads", type=int, default=1, help="more gain little and wait for whatever else runs")
     harness.add_arguments(parser)
     return parser.parse_args()
@@ -108,20 +109,38 @@ def main() -> None:
             rows = measure(model, segments, tokens, name, centres, args, where)
             harness.append_rows(args.out, [row for of_text in rows for row in of_text])
             print_line(name, rows)
+    for tokens in args.needle:
+        needles(loaded, ids["prose"][round(len(ids["prose"]) * quality.SPLITS["report"][0]) :], tokens, centres, args)
+
+
+def needles(loaded, filler: list[int], tokens: int, centres, args: argparse.Namespace) -> None:
+    """How many of five facts each configuration finds, with the answers' mean negative log-likelihood."""
+    hidden = quality.make_needles(loaded.model, loaded.ids, filler, tokens, loaded.prefix)
+    print(f"\nfacts at depths {', '.join(map(str, quality.NEEDLE_DEPTHS))} of {tokens} tokens: found, nats an answer token")
+    for name in ("uncompressed", *args.only):
+        answers = []
+        for needle in tqdm(hidden, name, leave=False):
+            cache = None if name == "uncompressed" else make_cache(loaded.model, name, centres, 0)
+            answers.append(quality.find_needle(loaded.model, needle, cache))
+        found, nll = sum(hit for hit, _ in answers), sum(x for _, x in answers) / len(answers)
+        print(f"{name:32}{found} of {len(answers)}, {nll:.2f}", flush=True)
+
+
+def make_cache(model, name: str, centres, seed: int) -> PowerQuantCache:
+    options = dict(CONFIGURATIONS[name])
+    if options.pop("centred", False):
+        options["key_centres"] = centres
+    return PowerQuantCache(model.config.num_hidden_layers, model.config.head_dim, seed=seed, **options)
 
 
 def measure(model, segments, tokens: int, name: str, centres, args, where: dict) -> list[list[Row]]:
     """Rows [texts][seeds] of a configuration."""
-    config = model.config
-    options = dict(CONFIGURATIONS[name])
-    if options.pop("centred", False):
-        options["key_centres"] = centres
     progress = tqdm(total=len(segments) * args.seeds, desc=name, leave=False)
     rows = []
     for segment in segments:
         rows.append([])
         for seed in range(args.seeds):
-            cache = PowerQuantCache(config.num_hidden_layers, config.head_dim, seed=seed, **options)
+            cache = make_cache(model, name, centres, seed)
             metrics = quality.measure(model, segment, lambda cache=cache: cache, args.chunk)
             exact = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) * 2
             shape = (args.model, segment.name, args.split, tokens, segment.positions, name, seed)

@@ -1,6 +1,7 @@
 """The quality library: what its numbers mean, and that a real model's answers move as they should."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,26 @@ def segment(model):
 def cache_of(model, **options):
     config = model.config
     return lambda: PowerQuantCache(config.num_hidden_layers, config.head_dim, **options)
+
+
+@pytest.mark.slow
+def test_a_needle_is_found_and_foreign_values_hide_it(model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    filler = tokenizer(quality.read_text(TEXTS / "prose.txt"))["input_ids"][12000:]
+    needles = quality.make_needles(model, lambda text: tokenizer(text)["input_ids"], filler, 512)
+    for needle in needles[::2]:
+        hit, nll = quality.find_needle(model, needle, None)
+        ours, our_nll = quality.find_needle(model, needle, cache_of(model)())
+        assert hit and ours and abs(nll - our_nll) < 0.3
+        order = torch.randperm(len(needle.segment.prompt), generator=torch.Generator().manual_seed(0))
+        foreign = [(keys, values[:, :, order]) for keys, values in needle.segment.exact]
+        elsewhere = replace(needle, segment=replace(needle.segment, exact=foreign))
+        lost, lost_nll = quality.find_needle(model, elsewhere, cache_of(model)())
+        assert not lost and lost_nll > 1
+    with pytest.raises(PowerQuantConfigError, match="needs"):
+        quality.make_needles(model, lambda text: tokenizer(text)["input_ids"], filler[:100], 512)
 
 
 @pytest.mark.slow

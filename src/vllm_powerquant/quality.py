@@ -105,6 +105,60 @@ def measure(model: PreTrainedModel, segment: Segment, make_cache: Callable[[], C
     return compare(segment.logprobs, score(model, cache, segment.continuation[:-1], chunk), segment.continuation[1:])
 
 
+@dataclass(frozen=True)
+class Needle:
+    """A fact hidden in a long text and asked for behind it; the answer is the last tokens of the segment."""
+
+    depth: float  # of the fact in the text, 0 to 1
+    segment: Segment
+    answer_tokens: int
+
+
+# who has which code, one pair for each depth
+_CODES = (("Alice", 48271), ("Robert", 90315), ("Maria", 17642), ("Kenji", 63508), ("Olga", 25986))
+NEEDLE_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def make_needles(
+    model: PreTrainedModel,
+    encode: Callable[[str], list[int]],
+    filler: Sequence[int],
+    tokens: int,
+    prefix: Sequence[int] = (),
+) -> list[Needle]:
+    """One needle at each depth of `tokens` tokens of filler, the fact among them.
+
+    Args:   encode: text to token ids, without a BOS; prefix: token ids before the text
+    Raises: PowerQuantConfigError if there is too little filler.
+    """
+    needles = []
+    for depth, (name, code) in zip(NEEDLE_DEPTHS, _CODES, strict=True):
+        fact = encode(f"\n\nThe secret code of {name} is {code}.\n\n")
+        question = encode(f"\n\nQuestion: What is the secret code of {name}?\nAnswer: The secret code of {name} is")
+        answer = encode(f" {code}")
+        room = tokens - len(prefix) - len(fact)
+        if not 0 < room <= len(filler):
+            raise PowerQuantConfigError(f"a needle in {tokens} tokens needs {room} tokens of filler, got {len(filler)}")
+        at = round(room * depth)
+        text = [*prefix, *filler[:at], *fact, *filler[at:room]]
+        segment = make_segment(model, f"needle {depth}", text + question + answer, len(text))
+        needles.append(Needle(depth, segment, len(answer)))
+    return needles
+
+
+def find_needle(model: PreTrainedModel, needle: Needle, cache: Cache | None) -> tuple[bool, float]:
+    """(whether every token of the answer is the most likely one, mean negative log-likelihood of them in nats).
+
+    Args: cache: a new one, or None for the uncompressed answer
+    """
+    segment, n = needle.segment, needle.answer_tokens
+    logprobs = segment.logprobs
+    if cache is not None:
+        logprobs = score(model, filled(cache, segment.exact), segment.continuation[:-1], segment.positions)
+    target, last = segment.continuation[-n:], logprobs[-n:]
+    return bool((last.argmax(-1) == target).all()), float(-last.gather(1, target[:, None]).mean())
+
+
 @torch.inference_mode()
 def key_centres(model: PreTrainedModel, runs: Iterable[Sequence[int]]) -> list[torch.Tensor]:
     """Each layer's mean key [num_kv_heads, head_size] fp32, as the cache sees keys (after RoPE), over texts of token ids."""
