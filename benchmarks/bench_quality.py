@@ -20,7 +20,9 @@ import torch
 from tqdm import tqdm
 
 from vllm_powerquant import quality
+from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.hf_cache import PowerQuantCache
+from vllm_powerquant.codebooks.tables import load_codebook
 
 TEXTS = Path(__file__).parent / "texts"
 CONFIGURATIONS = {
@@ -72,6 +74,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--split", choices=quality.SPLITS, default="report")
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     parser.add_argument("--needle", type=int, nargs="*", default=[], metavar="TOKENS", help="hide facts in so many tokens")
+    parser.add_argument("--distortion", action="store_true", help="errors of the codecs on Gaussian and captured vectors")
     parser.add_argument("--threads", type=int, default=1, help="more gain little and wait for whatever else runs")
     harness.add_arguments(parser)
     return parser.parse_args()
@@ -109,8 +112,26 @@ def main() -> None:
             rows = measure(model, segments, tokens, name, centres, args, where)
             harness.append_rows(args.out, [row for of_text in rows for row in of_text])
             print_line(name, rows)
+    if args.distortion:
+        distortions(loaded, ids)
     for tokens in args.needle:
         needles(loaded, ids["prose"][round(len(ids["prose"]) * quality.SPLITS["report"][0]) :], tokens, centres, args)
+
+
+def distortions(loaded, ids: dict[str, list[int]]) -> None:
+    """Relative errors of every width on Gaussian vectors and on the model's own, against theory."""
+    d = loaded.model.config.head_dim
+    run = [*loaded.prefix, *quality.cut(ids["docs"], "tune", 1024, 1)[0]]
+    captured = quality.make_segment(loaded.model, "captured", [*run, run[-1]], len(run)).exact
+    keys, values = (torch.cat([layer[i].float().flatten(0, 2) for layer in captured]) for i in (0, 1))
+    gaussian = torch.randn(200_000, d, generator=torch.Generator().manual_seed(0))
+    print(f"\nrelative square error, head size {d} (with the unbiased scale; least possible: 4^-bits of a Gaussian source)")
+    print(f"{'':24}{'Gaussian':>10}{'keys':>10}{'values':>10}{'table':>10}{'4^-bits':>10}")
+    for bits, kind in ((8, "uniform"), (4, "lloyd_max"), (3, "lloyd_max"), (2, "lloyd_max"), (2, "uniform")):
+        book = load_codebook(d, bits, kind)
+        factor = CacheFormat(d).scale_factor(book)
+        errors = [quality.distortion(x, book, factor).error for x in (gaussian, keys, values)]
+        print(f"{bits} bits, {kind:16}" + "".join(f"{x:10.5f}" for x in (*errors, book.mse, 4.0**-bits)), flush=True)
 
 
 def needles(loaded, filler: list[int], tokens: int, centres, args: argparse.Namespace) -> None:

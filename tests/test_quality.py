@@ -10,7 +10,9 @@ import torch
 pytest.importorskip("transformers")
 
 from vllm_powerquant import quality
+from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.hf_cache import PowerQuantCache
+from vllm_powerquant.codebooks.tables import load_codebook
 from vllm_powerquant.errors import PowerQuantConfigError
 
 TEXTS = Path(__file__).parent.parent / "benchmarks" / "texts"
@@ -53,6 +55,16 @@ def test_the_interval_holds_the_mean_19_times_in_20(text_spread, seed_spread):
 
 def test_one_text_has_no_interval():
     assert math.isnan(quality.estimate([[1.0, 2.0]]).half_width)
+
+
+def test_distortion_of_gaussian_vectors_is_the_tables():
+    x = torch.randn(4000, 128, generator=torch.Generator().manual_seed(2))
+    for bits in (2, 3, 4):
+        book = load_codebook(128, bits)
+        got = quality.distortion(x, book, CacheFormat(128).scale_factor(book))
+        # the unbiased scale pays for its gain of 1 with error: mse / (1 - mse)
+        assert got.gain == pytest.approx(1, abs=1e-3)
+        assert got.error == pytest.approx(book.mse / (1 - book.mse), rel=0.03)
 
 
 @pytest.fixture(scope="module")

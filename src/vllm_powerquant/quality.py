@@ -15,6 +15,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from .attention import reference
+from .attention.rotation import rotate
+from .codebooks.tables import Codebook
 from .errors import PowerQuantConfigError
 
 # parts of a text that nothing is carried across: fractions of its tokens
@@ -103,6 +106,22 @@ def measure(model: PreTrainedModel, segment: Segment, make_cache: Callable[[], C
     """Decode a segment through a new cache that is given the prompt's exact keys and values."""
     cache = filled(make_cache(), segment.exact)
     return compare(segment.logprobs, score(model, cache, segment.continuation[:-1], chunk), segment.continuation[1:])
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """Relative mean square error |x - x^|^2 / |x|^2 of a codec, over all vectors, and how much of x is left in x^."""
+
+    error: float
+    gain: float  # <x, x^> / |x|^2: 1 for an unbiased scale
+
+
+def distortion(x: torch.Tensor, codebook: Codebook, scale_factor: float) -> Distortion:
+    """x [..., head_size] through reference.quantize and back."""
+    h = rotate(x.double())
+    got = reference.dequantize(*reference.quantize(x.float(), codebook, scale_factor), codebook)
+    energy = h.square().sum()
+    return Distortion(float((h - got).square().sum() / energy), float((h * got).sum() / energy))
 
 
 @dataclass(frozen=True)
