@@ -5,10 +5,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-import triton
 
 
 def _hindrance() -> str | None:
+    import triton  # not on top: tests/conftest.py decides first whether it interprets
+
     ready = triton.__version__.startswith("3.6.") and find_spec("triton.backends.nvidia")
     if not ready or triton.knobs.runtime.interpret or torch.cuda.is_available():
         return "needs Triton 3.6 with its NVIDIA backend, no GPU in sight, and -m emulated"

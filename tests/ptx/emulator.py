@@ -1,11 +1,11 @@
 """Runs Triton and Gluon kernels, compiled to PTX for Hopper GPUs (sm_90), on CPU tensors.
 
-EmulatedKernel takes the place of a JIT function: it specialises and compiles as Triton does, splits the PTX into basic blocks
-and runs them in numpy for many warps at once. Always the lowest block at which a warp stands is run, for all warps that stand
+EmulatedKernel takes the place of a JIT function: it specialises and compiles as Triton does, splits the PTX into basic
+blocks and runs them in numpy for many warps at once: always the lowest block at which a warp stands, for all warps standing
 there, so warps part at branches and meet again. bar.sync holds a warp until all warps of its program have come.
 
-Modelled: registers by their bits, predication, global and shared memory with bounds and alignment, cp.async groups, barriers,
-shuffles, ldmatrix and stmatrix, mma of bytes, fp16 and bf16. memory.py lists the errors that are raised: mainly races.
+Modelled: registers by their bits, predication, global and shared memory, cp.async groups, barriers, shuffles, ldmatrix and
+stmatrix, mma of bytes, fp16 and bf16. Errors are raised for races, bounds, alignment and more, as memory.py says.
 
 Not modelled: time; the order of memory between programs (a launch ends before the next begins, so a missing gdc_wait is not
 seen); branches that diverge within a warp (refused); the errors of approximate instructions (ex2, lg2, div.full are exact
@@ -109,7 +109,8 @@ class Registers(dict):
             return np.repeat(axis[:, None], 32, 1).astype(np.uint32)
         if name not in launch.registers:  # a guarded instruction sets it
             launch.registers[name] = np.zeros((launch.count, 32), UNSIGNED[launch.program.bits_of(name)])
-        return launch.registers[name][self.warps]
+        value = launch.registers[name]
+        return value if self.count == launch.count else value[self.warps]
 
     def full(self, name: str | tuple[str, int]) -> np.ndarray:
         return full(self[name], self.count)
@@ -128,13 +129,15 @@ class Registers(dict):
 
     def save(self, names: list[str]) -> None:
         """Keeps what other blocks read."""
+        registers = self.launch.registers
         for name in names:
-            if name not in self:
-                continue
-            value = self[name]
-            if name not in self.launch.registers:
-                self.launch.registers[name] = np.zeros((self.launch.count, 32), value.dtype)
-            self.launch.registers[name][self.warps] = value
+            value = self.full(name)
+            if self.count < self.launch.count:
+                # a copy: several names may share an array
+                kept = registers[name].copy() if name in registers else np.zeros((self.launch.count, 32), value.dtype)
+                kept[self.warps] = value
+                value = kept
+            registers[name] = value
 
 
 Step = Callable[[Registers], None]
@@ -144,8 +147,9 @@ Step = Callable[[Registers], None]
 class Block:
     """Instructions without a branch, then a jump to block `target`, of the warps that `branch` is true for if it is one."""
 
-    steps: list[tuple[Step, str]]
     target: int
+    steps: list[tuple[Step, str]] = dataclasses.field(default_factory=list)
+    written: set[str] = dataclasses.field(default_factory=set)  # registers, if other blocks read them
     branch: Instruction | None = None
     barrier: bool = False
 
@@ -163,8 +167,7 @@ class Program:
         block_at = {start: k for k, start in enumerate(starts)} | {len(instructions): len(starts)}
         self.blocks, read = [], set()
         for start, stop in zip(starts, [*starts[1:], len(instructions)], strict=True):
-            block = Block([], block_at[stop])
-            written = set()
+            block = Block(block_at[stop])
             for i in instructions[start:stop]:
                 if self._ends_block(i):
                     block.barrier = i.op[0] == "bar"
@@ -173,16 +176,16 @@ class Program:
                     elif not block.barrier:
                         block.target = len(starts)
                     block.branch = i if i.guard else None
-                    read |= {i.guard} - written
+                    read |= {i.guard} - block.written
                 elif i.op[0] not in IGNORED:
                     step, sources, to = self._step(i)
                     block.steps.append((step, i.text))
                     # where it is guarded, lanes keep what was there
-                    read |= {*sources, *(to if i.guard else ()), i.guard} - written
-                    written |= set(to)
+                    read |= {*sources, *(to if i.guard else ()), i.guard} - block.written
+                    block.written |= set(to)
             self.blocks.append(block)
-        # registers that pass from block to block
-        self.kept = [name for name in read if isinstance(name, str) and "id." not in name]
+        for block in self.blocks:
+            block.written &= read
 
     def bits_of(self, register: str) -> int:
         return self.bits[register if register in self.bits else register.rstrip("0123456789")]
@@ -286,7 +289,7 @@ class Program:
             if not len(thread):
                 return
             count = registers.full(filled)[chosen]
-            if not np.isin(count, (0, size)).all():
+            if ((count != 0) & (count != size)).any():
                 raise UnsupportedInstruction(i.text)
             # the rest of a copy is filled with zeros
             data, real = np.zeros((len(thread), size), np.uint8), count > 0
@@ -313,7 +316,7 @@ class Program:
         raise UnsupportedInstruction(i.text)
 
     def _matrices(self, i: Instruction) -> tuple[Step, list, list[str]]:
-        """Lane 8 k + r has the address of row r of matrix k, of which lane l holds two elements: row l / 4, columns l % 4."""
+        """Lane 8 k + r has the address of row r of matrix k; lane l holds two elements of it, in row l / 4."""
         load, transposed = i.op[0] == "ldmatrix", "trans" in i.op
         if i.guard or i.op[-1] != "b16":
             raise UnsupportedInstruction(i.text)
@@ -377,7 +380,7 @@ class Launch:
                     step(registers)
                 except EmulationError as error:
                     raise EmulationError(f"{error}: {text}") from None
-            registers.save(self.program.kept)
+            registers.save(block.written)
             at[warps] = block.target
             if block.branch:
                 taken = registers.chosen(block.branch.guard, block.branch.negated)

@@ -33,7 +33,7 @@ def operand_bits(op: list[str], i: int) -> int:
 
 
 def full(x: np.ndarray, warps: int) -> np.ndarray:
-    return np.broadcast_to(x, (warps, 32))
+    return x if x.shape == (warps, 32) else np.broadcast_to(x, (warps, 32))
 
 
 def signed(x: np.ndarray) -> np.ndarray:
@@ -400,7 +400,7 @@ def _multiply_matrices(op: list[str]) -> Callable:
         return (products + c.view(np.float32)).astype(np.float32)
 
     def multiply(*registers):
-        registers = [np.ascontiguousarray(full(x, max(map(len, registers)))) for x in registers]
+        registers = [full(x, max(map(len, registers))) for x in registers]
         a, b, c = registers[:4], registers[4:6], _sums(registers[6:])
         return _sum_registers(integer(a, b, c) if integers else floating(a, b, c))
 

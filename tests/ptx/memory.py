@@ -30,8 +30,8 @@ def _require_aligned(address: np.ndarray, size: int) -> None:
 class GlobalMemory:
     """The storages of a launch's tensors at their own addresses.
 
-    Raises EmulationError where an access is out of their bounds or misaligned, where different values are stored to one byte,
-    and where a warp reads what another one has stored in the same launch.
+    Raises EmulationError where an access is out of their bounds or misaligned, where different values are stored to one
+    byte, and where a warp reads what another one has stored in the same launch.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
