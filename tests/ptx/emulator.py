@@ -155,11 +155,11 @@ class Block:
 
 
 class Program:
-    """A kernel's blocks, made ready to run."""
+    """A kernel's blocks, made ready to run. arguments: names of its run-time arguments."""
 
-    def __init__(self, ptx: str, shared_bytes: int, warps: int) -> None:
+    def __init__(self, ptx: str, shared_bytes: int, warps: int, arguments: list[str]) -> None:
         self.parameters, self.bits, instructions, labels = parse(ptx)
-        self.shared_bytes, self.warps = shared_bytes, warps
+        self.shared_bytes, self.warps, self.arguments = shared_bytes, warps, arguments
         bytewise = any("shared" in i.op and i.op[0] in ("ld", "st") and BITS[i.op[-1]] == 8 for i in instructions)
         self.granule = 1 if bytewise else 2
         ends = {i + 1 for i, instruction in enumerate(instructions) if self._ends_block(instruction)}
@@ -420,7 +420,7 @@ class EmulatedKernel:
         tensors = {name: x for name, x in bound.items() if isinstance(x, torch.Tensor)}
         memory = GlobalMemory(tensors)
         # two more than the kernel's own: scratch memory, which it may not use
-        arguments = [_bits(bound[name]) for name in program.runtime_arguments] + [0, 0]
+        arguments = [_bits(bound[name]) for name in program.arguments] + [0, 0]
         grid = (*grid, 1, 1)[:3]
         total = grid[0] * grid[1] * grid[2]
         at_once = max(1, WARPS_AT_ONCE // program.warps)
@@ -451,7 +451,7 @@ def _compiled(function, args, kwargs) -> tuple[Program, dict]:
         compiled = triton.compile(
             source(function, signature, constants, attributes), target=TARGET, options=options.__dict__
         )
-        program = Program(compiled.asm["ptx"], compiled.metadata.shared, compiled.metadata.num_warps)
-        program.runtime_arguments = [name for name, kind in signature.items() if kind != "constexpr"]
-        _programs[key] = program
+        arguments = [name for name, kind in signature.items() if kind != "constexpr"]
+        metadata = compiled.metadata
+        _programs[key] = Program(compiled.asm["ptx"], metadata.shared, metadata.num_warps, arguments)
     return _programs[key], bound

@@ -32,8 +32,19 @@ def check(batch: Batch, exact=None, centre=None) -> None:
     assert error < attention.LIMIT[batch.dtype]
 
 
-WIDTHS = [(128, k, v) for k in (2, 3, 4, 8) for v in (2, 3, 4, 8) if k == 4 or v == 2 or k == v]
-WIDTHS += [(64, 4, 2), (64, 2, 8), (64, 8, 3), (256, 4, 2), (256, 3, 4), (256, 8, 8)]
+# each width of keys and of values at every head size that has a kernel for it; a variant takes seconds to compile
+WIDTHS = [
+    (64, 4, 2),
+    (64, 2, 8),
+    (64, 8, 3),
+    (128, 4, 2),
+    (128, 2, 3),
+    (128, 3, 4),
+    (128, 8, 8),
+    (256, 4, 2),
+    (256, 3, 4),
+    (256, 8, 8),
+]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +56,7 @@ def test_every_width(head_size, key_bits, value_bits, queries, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("group", [1, 3, 8, 71])
+@pytest.mark.parametrize("group", [1, 3, 71])
 def test_query_groups(group, dtype):
     attention.test_query_groups(group, dtype, True)
 
@@ -56,8 +67,10 @@ def test_context_lengths(length, head_size):
     attention.test_context_lengths(length, head_size, True)
 
 
-@pytest.mark.parametrize("residual_tokens, sink_tokens", [(128, 4), (128, 0), (0, 4), (0, 16), (1, 0), (2, 4), (4096, 4)])
-@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize(
+    "residual_tokens, sink_tokens, queries",
+    [(128, 4, 1), (128, 0, 1), (0, 4, 1), (0, 16, 1), (1, 0, 1), (4096, 4, 1), (128, 4, 5), (0, 16, 5), (2, 4, 5)],
+)
 def test_exact_blocks(residual_tokens, sink_tokens, queries, landing):
     attention.test_exact_blocks(residual_tokens, sink_tokens, queries, True)
 
@@ -120,7 +133,7 @@ def test_numbers_of_requests(requests, device):
     check(Batch(CacheFormat(128), [300 + r for r in range(requests)], [1] * requests, 2, 4, torch.bfloat16))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(9))
 def test_random_batches(seed, device):
     g = torch.Generator().manual_seed(1000 + seed)
 
@@ -157,8 +170,11 @@ def test_stores_of_every_width(head_size, key_bits, value_bits, kernel):
     stores.test_every_width(head_size, key_bits, value_bits, kernel)
 
 
-@pytest.mark.parametrize("head_size", [64, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "dtype, head_size",
+    [(torch.float32, 64), (torch.float16, 64), (torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256)],
+    ids=["fp32", "fp16", "bf16", "bf16-128", "bf16-256"],
+)
 def test_stores_of_dtypes_and_centre(dtype, head_size, kernel):
     stores.test_dtypes_and_centre(dtype, head_size, kernel)
 
