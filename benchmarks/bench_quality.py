@@ -44,7 +44,7 @@ class Row:
     """One text decoded through one cache: quality.Metrics, and what the cache holds at the end of it."""
 
     model: str
-    text: str  # file, and the first token of the prompt in its split
+    text: str  # file, and which of its segments
     split: str
     prompt_tokens: int
     positions: int

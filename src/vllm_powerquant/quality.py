@@ -48,8 +48,8 @@ class Segment:
     """One text of the benchmark: a prompt, the exact keys and values of it, and what the uncompressed cache says next."""
 
     name: str
-    prompt: torch.Tensor  # [prompt_tokens] int64
-    continuation: torch.Tensor  # [positions + 1] int64: the last token is only predicted
+    prompt: torch.Tensor  # int64, the tokens whose keys and values are in `exact`: all but the prompt's last
+    continuation: torch.Tensor  # [positions + 1] int64, from the prompt's last token on: the last one is only predicted
     exact: list[Chunk]
     logprobs: torch.Tensor  # [positions, vocabulary] fp32
 

@@ -11,6 +11,7 @@ from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.kernels.cpu_kernels import ExactBlocks
 from vllm_powerquant.attention.kernels.gpu_kernels import GpuKernels
 from vllm_powerquant.attention.kernels.prefill import Workspace
+from vllm_powerquant.attention.kernels.rows_hopper import supports as hopper_supports
 from vllm_powerquant.attention.kernels.step import StepPlan
 from vllm_powerquant.attention.rotation import SUPPORTED_HEAD_SIZES
 
@@ -134,6 +135,11 @@ def test_key_centre(hopper):
     filled(batch, exact, centre)
     got = attended(batch, hopper, exact, centre)
     assert relative_rms(got, expected(batch, exact, centre)) < LIMIT[PRECISE[hopper]]
+
+
+def test_models_in_fp32_take_the_portable_kernels():
+    assert not hopper_supports(CacheFormat(128), torch.float32, torch.device("cuda"))
+    assert not hopper_supports(CacheFormat(128), torch.bfloat16, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("hopper", KERNELS)

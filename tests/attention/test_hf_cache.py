@@ -9,6 +9,7 @@ from vllm_powerquant.attention import reference
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.hf_cache import PowerQuantCache, PowerQuantLayer
 from vllm_powerquant.attention.rotation import hadamard_transform
+from vllm_powerquant.errors import PowerQuantUnsupportedError
 
 
 def chunks(lengths: list[int], batch: int = 1, heads: int = 2, head_size: int = 64, seed: int = 0):
@@ -89,6 +90,29 @@ def test_crop_forgets_the_last_tokens():
     assert torch.equal(keys[:, :, 135:150], key[:, :, 135:150])
     error = (keys[:, :, :135] - key[:, :, :135]).norm() / key[:, :, :135].norm()
     assert error == pytest.approx(hadamard_error(key[:, :, :135]), rel=1e-4)
+
+
+def test_sequences_are_chosen_and_repeated_with_their_packed_slots():
+    layer, (key, value) = PowerQuantLayer(CacheFormat(64), 16, 4), chunks([100], batch=3)[0]
+    layer.update(key, value)
+    layer.reorder_cache(torch.tensor([2, 0, 2]))
+    layer.batch_select_indices(torch.tensor([0, 1]))
+    layer.batch_repeat_interleave(2)
+    keys, values = layer.update(key[:1, :, :1].repeat(4, 1, 1, 1), value[:1, :, :1].repeat(4, 1, 1, 1))
+    for row, source in enumerate((2, 2, 0, 0)):
+        alone = PowerQuantLayer(CacheFormat(64), 16, 4)
+        alone.update(key[source : source + 1], value[source : source + 1])
+        want_keys, want_values = alone.update(key[:1, :, :1], value[:1, :, :1])
+        assert torch.equal(keys[row], want_keys[0]) and torch.equal(values[row], want_values[0])
+
+
+def test_what_would_leave_the_slots_behind_is_refused():
+    layer = PowerQuantLayer(CacheFormat(64))
+    layer.update(*chunks([3])[0])
+    with pytest.raises(PowerQuantUnsupportedError, match="not by assignment"):
+        layer.keys = layer.keys[:, :, :1]
+    with pytest.raises(PowerQuantUnsupportedError, match="without offloading"):
+        layer.offload()
 
 
 def hadamard_error(x: torch.Tensor) -> float:

@@ -8,6 +8,7 @@ from attention import test_store as stores
 from helpers import Batch, expected, relative_rms
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.kernels import store_nvidia
+from vllm_powerquant.attention.kernels.cpu_kernels import ExactBlocks
 
 pytestmark = pytest.mark.emulated
 
@@ -79,6 +80,14 @@ def test_exact_blocks(residual_tokens, sink_tokens, queries, landing):
 @pytest.mark.parametrize("exact_block_size", [8, 16, 64])
 def test_exact_block_sizes(exact_block_size, head_size, landing):
     attention.test_exact_block_sizes(exact_block_size, head_size, True)
+
+
+def test_gaps_between_exact_tokens_are_refused():
+    batch = Batch(CacheFormat(64), [100], [1], 1, 1, torch.float16)
+    exact = batch.exact_blocks(128, 4)
+    gaps = ExactBlocks(exact.cache.repeat(1, 1, 1, 2)[..., :128], 128, 4)
+    with pytest.raises(ValueError, match="must end in 128, 1"):
+        attention.attended(batch, True, gaps)
 
 
 def test_key_centre(landing):

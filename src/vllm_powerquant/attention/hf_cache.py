@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ..errors import PowerQuantUnsupportedError
 from . import reference
 from .cache_format import CacheFormat
 from .rotation import unrotate
@@ -125,12 +126,18 @@ class PowerQuantLayer(CacheLayerMixin):
         return self._values[..., : self.length, :] if self.is_initialized else None
 
     @keys.setter
-    def keys(self, _) -> None:
-        """The base class starts with None."""
+    def keys(self, keys: None) -> None:
+        self._only_none(keys)
 
     @values.setter
-    def values(self, _) -> None:
-        pass
+    def values(self, values: None) -> None:
+        self._only_none(values)
+
+    @staticmethod
+    def _only_none(tensor: torch.Tensor | None) -> None:
+        # the base class starts with None; what it does to keys and values later would leave the packed slots behind
+        if tensor is not None:
+            raise PowerQuantUnsupportedError("a PowerQuantLayer's keys and values come through update(), not by assignment")
 
     def get_seq_length(self) -> int:
         return self.length
@@ -148,6 +155,22 @@ class PowerQuantLayer(CacheLayerMixin):
         """Forget the last -tokens_to_remove tokens; what had left the window before stays packed."""
         self.length = max(0, self.length - abs(tokens_to_remove))
         self.packed_until = min(self.packed_until, self.length)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.is_initialized:
+            indices = indices.to(self.device)
+            self._keys, self._values, self.packed = (x[indices] for x in (self._keys, self._values, self.packed))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            rows = (self._keys, self._values, self.packed)
+            self._keys, self._values, self.packed = (x.repeat_interleave(repeats, dim=0) for x in rows)
+
+    def offload(self) -> None:
+        raise PowerQuantUnsupportedError("a PowerQuantCache stays on its device; use it without offloading")
 
     def held_bytes(self) -> int:
         """Bytes that a cache of this layer has to hold: a packed slot a token, and the exact rows of window and sinks."""

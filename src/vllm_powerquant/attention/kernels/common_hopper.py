@@ -1,6 +1,6 @@
 """Functions that several Gluon kernels share: single instructions, where Triton's own functions guard what cannot occur.
 
-The decode kernel is as long as the instruction cache likes: every overflow of a maximum leaves its loop, so size is time.
+Code size is time in decode_hopper.py: every maximum that overflows leaves the loop for instructions that have to be fetched.
 """
 
 from __future__ import annotations

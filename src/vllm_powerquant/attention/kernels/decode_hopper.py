@@ -160,6 +160,16 @@ def _shifted(a, shift, R: gl.constexpr, N: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
+def _segment(x, x_end, begin, tiles, COST: gl.constexpr):
+    """(segment, t0, t1, take): the segment that x lies in, its tiles t0 .. t1 that belong to this run (none while the run
+    ends within the cost of entering), and how far that takes the run."""
+    segment = (x - begin) // (tiles + COST)
+    start = x - begin - segment * (tiles + COST)
+    take = gl.minimum(tiles + COST - start, x_end - x)
+    return segment, gl.maximum(start - COST, 0), start + take - COST, take
+
+
+@gluon.jit
 def _next_request(b, end, num_entries, cost_ptr):
     """The first entry behind b that is not empty, or the last."""
     b += 1
@@ -222,11 +232,7 @@ def _decode_kernel(
     slot = 0
     # the line's first part: exact tokens
     while (x < x_end) & (b < num_requests):
-        segment = (x - begin) // (tiles + COST)
-        start = x - begin - segment * (tiles + COST)
-        take = gl.minimum(tiles + COST - start, x_end - x)
-        t0 = gl.maximum(start - COST, 0)
-        t1 = start + take - COST
+        segment, t0, t1, take = _segment(x, x_end, begin, tiles, COST)
         if t1 > t0:
             head = segment // ROW_BLOCKS
             row0 = (segment % ROW_BLOCKS) * (8 * R)
@@ -273,11 +279,7 @@ def _decode_kernel(
             q_smem = k0.index(STAGES - 1)._reinterpret(gl.int8, [16 * R, D], QUERY_SHARED)
         while x < x_end:
             request = b - num_requests
-            segment = (x - begin) // (tiles + COST)
-            start = x - begin - segment * (tiles + COST)
-            take = gl.minimum(tiles + COST - start, x_end - x)
-            t0 = gl.maximum(start - COST, 0)
-            t1 = start + take - COST
+            segment, t0, t1, take = _segment(x, x_end, begin, tiles, COST)
             if t1 > t0:
                 head = segment // ROW_BLOCKS
                 table = block_table_ptr + request.to(gl.int64) * stride_table
@@ -515,8 +517,12 @@ def attend(
           num_requests], cost [2 * num_requests + 1], runs [num_runs, RUN_FIELDS] int32 from plan_runs; out [2 * num_runs +
           2 * num_requests * num_kv_heads * row_blocks, 8 * row_sets, head_size] and lse [.., 8 * row_sets] fp32 (log2;
           -inf: nothing seen); key_centre [num_kv_heads, head_size] fp32
+
+    Raises: ValueError if the tokens of an exact block do not follow one another without gaps.
     """
     head_size, sets = cache_format.head_size, out.shape[1] // 8
+    if exact and exact.cache.stride()[2:] != (2 * head_size, 1):
+        raise ValueError(f"strides of exact blocks must end in {2 * head_size}, 1, got {exact.cache.stride()}")
     tuned = tuning(cache_format, sets)
     key_ptx, value_ptx, shape, axes = _constants(cache_format)
     width = key_width(head_size, cache_format.key_bits)

@@ -33,7 +33,7 @@ def run_of(position, total, num_runs):
 @triton.jit
 def load_run(run_ptr):
     """(x, x_end, entry, tiles, begin, end, query0, queries, context): a run is x .. x_end on the line and begins in an entry
-    of the plan; the rest is of that entry, as load_entry gives it. A program's start: one load instead of four in a row."""
+    of the plan; the rest is of that entry, as load_entry gives it. No load waits for another: a program starts with it."""
     return (
         tl.load(run_ptr),
         tl.load(run_ptr + 1),
