@@ -50,26 +50,27 @@ from .unpack_hopper import (
 
 SEGMENT_COST = 5  # tiles that entering a segment costs: query, first copies, first maximum (H200, 2026-11-24)
 
-_MMA = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
-# p [8 * R, 64 positions]: a lane holds 16 consecutive positions of one row in each block of 8
+# by sets of eight rows, which are also a program's warps
+_MMA = {r: gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, r], instr_shape=[16, 8]) for r in (1, 2)}
+# p [8 * R, 64 positions]: a lane holds 16 / R consecutive positions of one row in each block of 8
 _P = {
     r: gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8]] + [[8, 0]] * (r - 1),
+        reg_bases=[[0, 1 << i] for i in range(5 - r)] + [[8, 0]] * (r - 1),
         lane_bases=[[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[],
+        warp_bases=[[0, 8]] * (r - 1),
         block_bases=[],
         shape=[8 * r, 64],
     )
     for r in (1, 2)
 }
-# a lane's part of each row's sum [8 * R, 4]
+# a lane's part of each row's sum [8 * R, 4 * R]
 _SUM = {
     r: gl.DistributedLinearLayout(
         reg_bases=[[8, 0]] * (r - 1),
-        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[],
+        lane_bases=[[0, r], [0, 2 * r], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[0, 1]] * (r - 1),
         block_bases=[],
-        shape=[8 * r, 4],
+        shape=[8 * r, 4 * r],
     )
     for r in (1, 2)
 }
@@ -84,10 +85,14 @@ _SHIFT = gl.constexpr(
 
 
 @gluon.jit
-def _copy_plane(smem, base, mask, ROWS: gl.constexpr, WIDTH: gl.constexpr, LANE_BYTES: gl.constexpr):
+def _copy_plane(smem, base, mask, ROWS: gl.constexpr, WIDTH: gl.constexpr, LANE_BYTES: gl.constexpr, SHARES: gl.constexpr = 1):
+    """Start the copy of ROWS x WIDTH bytes. Of the blocks of 8 rows, the first 1 / SHARES land in every SHARES-th place, and
+    so on: what a warp multiplies then lay together."""
     ACROSS: gl.constexpr = max(1, WIDTH // LANE_BYTES)
-    L: gl.constexpr = gl.BlockedLayout([1, min(LANE_BYTES, WIDTH)], [32 // ACROSS, ACROSS], [1, 1], [1, 0])
+    L: gl.constexpr = gl.BlockedLayout([1, min(LANE_BYTES, WIDTH)], [32 // ACROSS, ACROSS], [gl.num_warps(), 1], [1, 0])
     r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
+    if SHARES > 1:
+        r = r // (8 * SHARES) * 8 + r // 8 % SHARES * (ROWS // SHARES) + r % 8
     c = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, L))
     async_copy.async_copy_global_to_shared(smem, base + r[:, None] * WIDTH + c[None, :], mask=mask)
 
@@ -105,13 +110,13 @@ def _copy_tile(
     TILE: gl.constexpr = KEYS + VALUES + 256
     base = page + (t % BLOCK_TILES) * TILE
     ok = t < t1
-    _copy_plane(k0, base, ok, 64, K0, 16)
+    _copy_plane(k0, base, ok, 64, K0, 16, gl.num_warps())
     if KEY_BITS == 3:
-        _copy_plane(k1, base + 64 * K0, ok, 64, D // 8, 16)
+        _copy_plane(k1, base + 64 * K0, ok, 64, D // 8, 16, gl.num_warps())
     _copy_plane(v0, base + KEYS, ok, V0, 64, 16)
     if VALUE_BITS == 3:
         _copy_plane(v1, base + KEYS + 64 * V0, ok, D // 8, 64, 16)
-    L: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
+    L: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
     scales = (base + KEYS + VALUES).to(gl.pointer_type(gl.float16))
     async_copy.async_copy_global_to_shared(n, scales + gl.arange(0, 128, layout=L), mask=ok)
     async_copy.commit_group()
@@ -120,9 +125,44 @@ def _copy_tile(
 @gluon.jit
 def _by_position(s, R: gl.constexpr, LP: gl.constexpr):
     """Scores [16 R, 64 tokens] s32, rows (high, low bytes) of 8 -> 256 high + low [8 R, 64 positions]."""
-    s = s.reshape([R, 2, 8, 8, 4, 2]).permute([0, 2, 4, 3, 5, 1]).reshape([8 * R, 64, 2])
+    s = s.reshape([R, 2, 8, 8 // R, R, 4, 2]).permute([0, 2, 5, 4, 3, 6, 1]).reshape([8 * R, 64, 2])
     hi, lo = gl.split(s)
     return gl.convert_layout(hi, LP, assert_trivial=True) * 256 + gl.convert_layout(lo, LP, assert_trivial=True)
+
+
+@gluon.jit
+def _lane_sums(p, R: gl.constexpr, LSUM: gl.constexpr):
+    return gl.convert_layout(gl.sum(p.reshape([8 * R, 4 * R, 16 // R]), 2), LSUM, assert_trivial=True)
+
+
+@gluon.jit
+def _largest(weights, smem, R: gl.constexpr):
+    """The largest of a program's weights."""
+    if R == 1:
+        return gl.max(weights.reshape([512]), 0)
+    else:
+        # one per thread, then all of them in every warp: one barrier instead of two
+        mine = gl.max(gl.max(weights.reshape([R, 8, 4 * R, 16 // R]), 3), 0)
+        smem.store(mine)
+        ALL: gl.constexpr = gl.DistributedLinearLayout(
+            reg_bases=[[0, 1]],
+            lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
+            warp_bases=[[0, 0]],
+            block_bases=[],
+            shape=[8, 8],
+        )
+        return gl.max(smem.load(ALL).reshape([32 * R]), 0)
+
+
+@gluon.jit
+def _weight_bytes(weights, smem, R: gl.constexpr, L: gl.constexpr):
+    """[8 R, 64] words for split_bytes -> their bytes [16 R, 64] in every warp."""
+    high, low = split_bytes(weights)
+    if R == 1:
+        return _join_halves(high, low, R, 64, L)
+    else:
+        smem.store(_stacked(high, low, R, 64))
+        return smem.load(L)
 
 
 @gluon.jit
@@ -277,6 +317,9 @@ def _decode_kernel(
         else:
             # where the last tile in flight is not yet on its way
             q_smem = k0.index(STAGES - 1)._reinterpret(gl.int8, [16 * R, D], QUERY_SHARED)
+        # what warps exchange
+        p_smem = gl.allocate_shared_memory(gl.int8, [16 * R, 64], gl.SwizzledSharedLayout(16, 2, 4, [1, 0]))
+        top_smem = gl.allocate_shared_memory(gl.int32, [8, 4 * R], FLAT2)
         while x < x_end:
             request = b - num_requests
             segment, t0, t1, take = _segment(x, x_end, begin, tiles, COST)
@@ -316,7 +359,7 @@ def _decode_kernel(
                 r8 = gl.arange(0, 8 * R, layout=LROW)
 
                 m = gl.full([8 * R], -1e30, gl.float32, layout=LROW)
-                norm = gl.zeros([8 * R, 4], gl.float32, layout=LSUM)
+                norm = gl.zeros([8 * R, 4 * R], gl.float32, layout=LSUM)
                 acc = gl.zeros([16 * R, D], gl.int32, layout=MMA)
                 ones = gl.zeros([16 * R, 8], gl.int32, layout=MMA)
                 # the queries are out of it by now
@@ -341,14 +384,14 @@ def _decode_kernel(
                     key_scale = scales.slice(0, 64).load(LPOS).to(gl.float32)
                     y = _by_position(scores, R, LP).to(gl.float32) * key_scale[None, :]
                     p = ex2(y * qs[:, None] - m[:, None])
-                    lane_sum = gl.convert_layout(gl.sum(p.reshape([8 * R, 4, 16]), 2), LSUM, assert_trivial=True)
+                    lane_sum = _lane_sums(p, R, LSUM)
                     norm1 = norm + lane_sum
                     value_scale = scales.slice(64, 64).load(LPOS).to(gl.float32)
                     pos = gl.arange(0, 64, layout=LPOS)
                     dither = (pos & 15).to(gl.float32) * 0.0625 - 0.46875
                     # 2^23 + 128: the low 16 bits are the fixed point
                     weights = (p * value_scale[None, :] + dither[None, :] + 8388736.0).to(gl.int32, bitcast=True)
-                    top = gl.max(weights.reshape([512 * R]), 0)
+                    top = _largest(weights, top_smem, R)
                     masked = (t + 1) * 64 > plain_end
                     if SINKS > 0:
                         masked = masked | (t * 64 < SINKS)
@@ -370,7 +413,7 @@ def _decode_kernel(
                         highest = gl.floor(gl.max(y + lg2(value_scale)[None, :], 1) + (0.5 - _PLACE))
                         m1 = gl.maximum(m, highest)
                         p = ex2(y - m1[:, None])
-                        lane_sum = gl.convert_layout(gl.sum(p.reshape([8 * R, 4, 16]), 2), LSUM, assert_trivial=True)
+                        lane_sum = _lane_sums(p, R, LSUM)
                         norm1 = norm * gl.convert_layout(ex2(m - m1), gl.SliceLayout(1, LSUM))[:, None] + lane_sum
                         weights = p * value_scale[None, :] + dither[None, :] + 8388736.0
                         weights = weights.to(gl.int32, bitcast=True)
@@ -380,9 +423,8 @@ def _decode_kernel(
                             ones = _shifted(ones, shift, R, 8, MMA)
                         m = m1
                     norm = norm1
-                    p_high, p_low = split_bytes(weights)
-                    p8 = _join_halves(p_high, p_low, R, 64, LPA)
                     values = load_values(v0.index(at_stage), v1.index(at_stage), D, VALUE_BITS, VALUE_ASM, LV)
+                    p8 = _weight_bytes(weights, p_smem, R, LPA)
                     _copy_tile(
                         k0.index(at_stage), k1.index(at_stage), v0.index(at_stage), v1.index(at_stage), n.index(at_stage),
                         pages + page * stride_block, t + STAGES, t1, D, KEY_BITS, VALUE_BITS, BLOCK_TILES,
@@ -435,11 +477,11 @@ def supports(cache_format: CacheFormat) -> bool:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Registers of a program, programs an SM, tiles and units of exact tokens in flight, whether queries stay in shared
+    """Registers of a thread, programs an SM, tiles and units of exact tokens in flight, whether queries stay in shared
     memory."""
 
     max_registers: int
-    warps_per_sm: int
+    programs_per_sm: int
     stages: int
     exact_stages: int
     share_query: bool
@@ -454,22 +496,28 @@ _PROGRAM_SHARED_BYTES = 1024  # that a program takes beside what it asks for
 def tuning(cache_format: CacheFormat, row_sets: int) -> Tuning:
     """As many programs an SM as barely spill in the loop (H200, 2026-11-24) and find room for their tiles.
 
-    Runs are equally long, so an SM's four schedulers want equally many programs.
+    Runs are equally long, so an SM's four schedulers want equally many warps.
     """
-    head_size, stages, share_query = cache_format.head_size, 2, row_sets == 2
-    warps = {64: 16, 128: 12, 256: 8}[head_size * row_sets]
-    shared = stages * cache_format.layout.sub_page_bytes + share_query * 16 * row_sets * head_size + _PROGRAM_SHARED_BYTES
-    fitting = min(warps, _SM_SHARED_BYTES // shared)
-    warps = fitting // 4 * 4 if fitting >= 8 else fitting
-    # exact tokens take the same memory, as many in flight as do not make fewer programs
-    unit = EXACT_TOKENS * head_size * 4
-    exact_stages = max(1, min(3, (_SM_SHARED_BYTES // warps - _PROGRAM_SHARED_BYTES) // unit))
-    return Tuning(min(255, _SM_REGISTERS // (32 * warps) // 8 * 8), warps, stages, exact_stages, share_query)
+    head_size, tile = cache_format.head_size, cache_format.layout.sub_page_bytes
+    wanted = {64: 16, 128: 12, 256: 8}[head_size] // row_sets
+    # beside tiles: queries, weights that warps exchange
+    own = _PROGRAM_SHARED_BYTES + (row_sets - 1) * (16 * row_sets * head_size + 1024 * row_sets + 512)
+    programs = min(wanted, _SM_SHARED_BYTES // (2 * tile + own))
+    even = 4 // row_sets
+    programs = programs // even * even if programs >= 2 * even else programs
+    # as many in flight as do not make fewer programs
+    room = _SM_SHARED_BYTES // programs - own
+    stages = min(2 * row_sets, room // tile)
+    exact_stages = max(1, min(3, room // (EXACT_TOKENS * head_size * 4)))
+    registers = min(255, _SM_REGISTERS // (32 * programs * row_sets) // 8 * 8)
+    return Tuning(registers, programs, stages, exact_stages, row_sets == 2)
 
 
-def row_sets(num_rows: int, head_size: int) -> int:
-    """Blocks of eight queries that share one pass over the keys and values of a kv head."""
-    return 2 if num_rows > 8 and head_size <= 128 else 1
+def row_sets(num_rows: int, cache_format: CacheFormat) -> int:
+    """Blocks of eight query rows that share one pass over the keys and values of a kv head, and the warps of a program."""
+    # each warp multiplies a block of 8 channels of every field of value bytes
+    narrow = cache_format.head_size == 64 and cache_format.value_bits == 3
+    return 2 if num_rows > 8 and cache_format.head_size <= 128 and not narrow else 1
 
 
 @functools.cache
@@ -484,7 +532,7 @@ def _constants(cache_format: CacheFormat) -> tuple[tuple, ...]:
 def num_runs(cache_format: CacheFormat, row_sets: int, device: torch.device) -> int:
     """Programs of one launch: as many as the device holds at once."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return multiprocessors * tuning(cache_format, row_sets).warps_per_sm
+    return multiprocessors * tuning(cache_format, row_sets).programs_per_sm
 
 
 def attend(
@@ -583,11 +631,11 @@ def attend(
         COST=SEGMENT_COST,
         SHARE_QUERY=tuned.share_query,
         KEY_PARTS=key_parts(head_size, cache_format.key_bits),
-        MMA=_MMA,
+        MMA=_MMA[sets],
         LP=_P[sets],
         LSUM=_SUM[sets],
         LKEY=width,
         LQUERY=width,
-        num_warps=1,
+        num_warps=sets,
         maxnreg=tuned.max_registers,
     )

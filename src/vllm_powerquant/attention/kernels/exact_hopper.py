@@ -60,8 +60,8 @@ def attend_exact(
     LROW: gl.constexpr = gl.SliceLayout(1, MMA)
     LCOL: gl.constexpr = gl.SliceLayout(0, MMA)
     # 16 bytes a lane
-    LC2: gl.constexpr = gl.BlockedLayout([1, 8], [max(1, 128 // D), min(32, D // 4)], [1, 1], [1, 0])
-    LC: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [1, 1], [1, 0])
+    LC2: gl.constexpr = gl.BlockedLayout([1, 8], [max(1, 128 // D), min(32, D // 4)], [gl.num_warps(), 1], [1, 0])
+    LC: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
     LBLOCK: gl.constexpr = gl.SliceLayout(1, LC2)
     SWIZZLE: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     DTYPE: gl.constexpr = query_ptr.dtype.element_ty

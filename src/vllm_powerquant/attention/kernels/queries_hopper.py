@@ -30,7 +30,7 @@ def load_queries(
     Returns: queries [ROWS, D], zero in rows past the last; signs [D]
     """
     # a lane holds consecutive channels of a row
-    L: gl.constexpr = gl.BlockedLayout([1, D * ROWS // 32], [ROWS, 32 // ROWS], [1, 1], [1, 0])
+    L: gl.constexpr = gl.BlockedLayout([1, D // 4], [8, 4], [gl.num_warps(), 1], [1, 0])
     j = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
     d = gl.arange(0, D, layout=gl.SliceLayout(0, L))
     in_chunk = j // GROUP
@@ -49,7 +49,7 @@ def rotated_queries(q, signs, unit):
     Args: unit: softmax scale * log2(e) * codebook step
     """
     L: gl.constexpr = q.type.layout
-    LANE_BITS: gl.constexpr = (32 // q.shape[0]).bit_length() - 1
+    LANE_BITS: gl.constexpr = 2
     REG_BITS: gl.constexpr = q.shape[1].bit_length() - 1 - LANE_BITS
     x = q.to(gl.float32) * signs[None, :]
     # channel bits in registers first, then those that were spread over lanes

@@ -60,7 +60,7 @@ class HopperRows:
 
     def _row_sets(self, max_queries: int) -> int:
         """Sets of eight rows that one pass over a kv head serves."""
-        return decode_hopper.row_sets(max_queries * self.group, self.format.head_size)
+        return decode_hopper.row_sets(max_queries * self.group, self.format)
 
     def _row_blocks(self, max_queries: int) -> int:
         """Passes over a kv head."""
