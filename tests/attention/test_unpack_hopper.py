@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from vllm_powerquant.attention.cache_format import CacheFormat
-from vllm_powerquant.attention.kernels.unpack_hopper import key_asm, key_channel_order, key_parts, value_asm
+from vllm_powerquant.attention.kernels.unpack_hopper import (
+    first_table,
+    key_asm,
+    key_channel_order,
+    key_parts,
+    value_asm,
+)
 
 MASK = 0xFFFFFFFF
 
@@ -23,7 +29,7 @@ def prmt(a: int, b: int, selectors: int) -> int:
 
 def run_ptx(code: str, num_outputs: int, *inputs: int) -> list[int]:
     """Registers $0 .. after the instructions; inputs are the registers behind them."""
-    registers = {f"${num_outputs + i}": value for i, value in enumerate(inputs)}
+    registers = {f"${num_outputs + i}": value & MASK for i, value in enumerate(inputs)}
 
     def value(operand: str) -> int:
         return registers[operand] if operand in registers else int(operand, 0) & MASK
@@ -74,47 +80,51 @@ def test_keys(head_size, bits):
     key_idx, _, slots = packed(fmt, 3)
     code, order = key_asm(fmt.key_codebook), key_channel_order(head_size, bits)
     assert sorted(order) == list(range(head_size))
-    levels = torch.tensor(fmt.key_codebook.levels)
+    levels, table = torch.tensor(fmt.key_codebook.levels), first_table(fmt.key_codebook)
     for token in range(3):
         low = words_of(slots[token, : head_size * min(bits, 4) // 8 if bits != 3 else head_size // 4])
         if bits == 3:
             high = words_of(slots[token, head_size // 4 : head_size * 3 // 8])
             half = len(low) // 2
             pieces = [
-                [run_ptx(code[odd], 4, w, h) for w, h in zip(low[odd * half :][:half], high, strict=True)] for odd in (0, 1)
+                [run_ptx(code[odd], 4, w, h, table) for w, h in zip(low[odd * half :][:half], high, strict=True)]
+                for odd in (0, 1)
             ]
         else:
             step = len(low) // key_parts(head_size, bits)
             parts = [low[start : start + step] for start in range(0, len(low), step)]
-            pieces = [[run_ptx(code[0], {2: 4, 4: 2}[bits], w) for w in part] for part in parts]
+            pieces = [[run_ptx(code[0], {2: 4, 4: 2}[bits], w, table) for w in part] for part in parts]
         got = [byte for piece in pieces for output in zip(*piece, strict=True) for byte in signed_bytes(list(output))]
         assert got == levels[key_idx[token].long()][order].tolist()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_values(bits):
-    """Four tokens at consecutive positions of one column after the other; 2-bit codes keep their field's weight."""
+    """Four tokens at consecutive positions of one column after the other; 2-bit codes keep their field's weight, and the
+    last of them comes with the others."""
     d = 128
     fmt = CacheFormat(d, 4, bits)
     _, value_idx, slots = packed(fmt, 4)
     code, levels = value_asm(fmt.value_codebook), torch.tensor(fmt.value_codebook.levels)
+    table = first_table(fmt.value_codebook)
     start = d // 2
     columns = slots[:, start : start + d * bits // 8].T.contiguous()
     want = levels[value_idx.long()].T.tolist()  # [channel][token]
     if bits == 2:
         for column in range(d // 4):
-            outputs = run_ptx(code[0], 4, *words_of(columns[column]))
-            for field, word in enumerate(outputs):
+            fields = [signed_bytes([word]) for word in run_ptx(code[0], 4, *words_of(columns[column]))]
+            fields[3] = [byte - sum(others) for byte, *others in zip(fields[3], *fields[:3], strict=True)]
+            for field, data in enumerate(fields):
                 offset = 2 if field < 3 else 0  # field 3 is the level itself, the others are idx
-                got = [byte // 4**field - offset for byte in signed_bytes([word])]
+                got = [byte // 4**field - offset for byte in data]
                 assert got == want[field * (d // 4) + column]
     elif bits == 4:
         for column in range(d // 2):
-            for field, word in enumerate(run_ptx(code[0], 2, *words_of(columns[column]))):
+            for field, word in enumerate(run_ptx(code[0], 2, *words_of(columns[column]), table)):
                 assert signed_bytes([word]) == want[field * (d // 2) + column]
     else:
         for column in range(d // 4):
             odd, high = divmod(column, d // 8)
-            outputs = run_ptx(code[odd], 4, *words_of(columns[column]), *words_of(columns[d // 4 + high]))
+            outputs = run_ptx(code[odd], 4, *words_of(columns[column]), *words_of(columns[d // 4 + high]), table)
             for field, word in enumerate(outputs):
                 assert signed_bytes([word]) == want[field * (d // 4) + column]

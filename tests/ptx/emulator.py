@@ -102,6 +102,8 @@ class Registers(dict):
         launch = self.launch
         if name == "%tid.x":
             return ((self.warps % launch.program.warps)[:, None] * 32 + LANES).astype(np.uint32)
+        if name == "%lanemask_lt":
+            return np.broadcast_to((2**LANES - 1).astype(np.uint32), (self.count, 32))
         if name.startswith("%ctaid"):
             x, y, _ = launch.grid
             index = (self.warps + launch.first_warp) // launch.program.warps
@@ -194,7 +196,9 @@ class Program:
         return i.op[0] in ("bra", "ret", "exit") or (i.op[:2] == ["bar", "sync"] and self.warps > 1)
 
     def _source(self, name: str, bits: int = 32) -> str | tuple[str, int]:
-        register = name.startswith(("%tid", "%ctaid")) or name in self.bits or name.rstrip("0123456789") in self.bits
+        register = (
+            name.startswith(("%tid", "%ctaid", "%lanemask")) or name in self.bits or name.rstrip("0123456789") in self.bits
+        )
         return name if register else (name, bits)
 
     def _address(self, operand: list[str], bits: int) -> tuple[str | tuple[str, int], int]:

@@ -1,15 +1,17 @@
-"""Attention of few queries on NVIDIA Hopper: one warp a program, integer tensor cores (Gluon, inline PTX).
+"""Attention of few queries on NVIDIA Hopper: programs of one or two warps, integer tensor cores (Gluon, inline PTX).
 
 The portable kernels, exact.py and decode.py, compute the same partials from the same bytes; which run is decided in
 gpu_kernels.py. What a page holds is layout.py's; the numbers here are its 64-token sub-pages ("tiles").
 
-- A program is one warp and never meets another: no barrier, no shared maximum. All (request, kv head, row block) segments of
-  the batch are laid end to end, first those of exact tokens (exact_hopper.py), then those of packed ones, each `tiles +
-  SEGMENT_COST` long, and cut into equal runs, one a program (stream-K), so ragged batches have no tail. A segment within
-  one run leaves one partial, a segment cut by run borders one in each run.
+- A program never meets another. All (request, kv head, row block) segments of the batch are laid end to end, first those of
+  exact tokens (exact_hopper.py), then those of packed ones, each `tiles + SEGMENT_COST` long, and cut into equal runs, one a
+  program (stream-K), so ragged batches have no tail. A segment within one run leaves one partial, a segment cut by run
+  borders one in each run.
+- Eight query rows are one warp's work. Sixteen are two warps', which share what is unpacked: each computes the scores of half
+  the tokens and the outputs of half the channels, so the weights of a tile pass through shared memory.
 - Queries are rotated by the program that needs them, while its first tile is on its way (queries_hopper.py).
 - Scores   S[16, 64] = Q[16, D] K[D, 64] by mma.sync m16n8k32 in s8: of each 16 rows the first 8 hold the high bytes of a
-  16-bit fixed-point q, the others its low bytes, so that 256 hi + lo joins them in the lane that holds both.
+  16-bit fixed-point q of 8 rows, the others its low bytes, so that 256 hi + lo joins them in the lane that holds both.
   Keys are unpacked in parts of the channels (unpack_hopper.key_parts): all of a tile's at once would not fit the registers.
 - Outputs  O[16, D] += P[16, 64] V[64, D] in the same way: p is 15-bit fixed point below a maximum that moves only when a
   tile overflows it. s32 accumulators are exact, so nothing else rescales them. Rounding is dithered by position: with a
@@ -31,13 +33,14 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..cache_format import CacheFormat
 from ..layout import SUB_PAGE_TOKENS
-from .common_hopper import ex2, lg2, split_bytes
+from .common_hopper import ex2, in_register, lg2, split_bytes
 from .cpu_kernels import ExactBlocks
 from .exact_hopper import attend_exact
 from .hadamard_hopper import scaled_signs
 from .plan import EXACT_TOKENS, RUN_FIELDS, load_entry, load_run
 from .queries_hopper import load_queries, rotated_queries, sum_of_fixed
 from .unpack_hopper import (
+    first_table,
     in_key_order,
     key_asm,
     key_channel_dims,
@@ -45,37 +48,42 @@ from .unpack_hopper import (
     key_width,
     load_keys,
     load_values,
+    top_field_sums,
     value_asm,
 )
 
 SEGMENT_COST = 5  # tiles that entering a segment costs: query, first copies, first maximum (H200, 2026-11-24)
 
-# by sets of eight rows, which are also a program's warps
-_MMA = {r: gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, r], instr_shape=[16, 8]) for r in (1, 2)}
-# p [8 * R, 64 positions]: a lane holds 16 / R consecutive positions of one row in each block of 8
-_P = {
-    r: gl.DistributedLinearLayout(
-        reg_bases=[[0, 1 << i] for i in range(5 - r)] + [[8, 0]] * (r - 1),
-        lane_bases=[[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[0, 8]] * (r - 1),
+
+@functools.cache
+def _layouts(row_sets: int, warps: int) -> tuple[gl.NVMMADistributedLayout, gl.DistributedLinearLayout, ...]:
+    """Scores and outputs [16 * row_sets, ..]; p [8 * row_sets, 64 positions]; a lane's part of each row's sum [8 * row_sets,
+    4 * warps]."""
+    lanes = [[1, 0], [2, 0], [4, 0]]
+    sets = [[8, 0]] * (row_sets - 1)
+    # of each 16 positions, which a lane of one warp holds in one row, each warp has its share
+    share = 16 // warps
+    p = gl.DistributedLinearLayout(
+        reg_bases=[[0, 1 << i] for i in range(4) if 1 << i < share] + sets,
+        lane_bases=[[0, 16], [0, 32], *lanes],
+        warp_bases=[[0, 1 << i] for i in range(4) if 1 << i >= share],
         block_bases=[],
-        shape=[8 * r, 64],
+        shape=[8 * row_sets, 64],
     )
-    for r in (1, 2)
-}
-# a lane's part of each row's sum [8 * R, 4 * R]
-_SUM = {
-    r: gl.DistributedLinearLayout(
-        reg_bases=[[8, 0]] * (r - 1),
-        lane_bases=[[0, r], [0, 2 * r], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[0, 1]] * (r - 1),
+    sums = gl.DistributedLinearLayout(
+        reg_bases=sets,
+        lane_bases=[[0, warps], [0, 2 * warps], *lanes],
+        warp_bases=[[0, 1 << i] for i in range(2) if 1 << i < warps],
         block_bases=[],
-        shape=[8 * r, 4 * r],
+        shape=[8 * row_sets, 4 * warps],
     )
-    for r in (1, 2)
-}
-# the bits of 2^23 + 128 + the largest p; a moved maximum is placed at 2^13
-_OVERFLOW = gl.constexpr(0x4B000000 + 128 + 32639)
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, warps], instr_shape=[16, 8]), p, sums
+
+
+# A weight n is read from bytes 1 and 2 of n + 2^15 + 128 + 1/2 as fp32, whose byte 0 is a fraction. From n = 32,640 on, the
+# first whose high byte is not one of a signed product, that is 2^16 or more. A moved maximum is placed at 2^13.
+_WEIGHT = gl.constexpr(32768.0 + 128.0 + 0.5)
+_OVERFLOW = gl.constexpr(0x47800000)
 _PLACE = gl.constexpr(13.0)
 _SHIFT = gl.constexpr(
     # the low part without its carry is the top byte of a second word
@@ -85,9 +93,11 @@ _SHIFT = gl.constexpr(
 
 
 @gluon.jit
-def _copy_plane(smem, base, mask, ROWS: gl.constexpr, WIDTH: gl.constexpr, LANE_BYTES: gl.constexpr, SHARES: gl.constexpr = 1):
-    """Start the copy of ROWS x WIDTH bytes. Of the blocks of 8 rows, the first 1 / SHARES land in every SHARES-th place, and
-    so on: what a warp multiplies then lay together."""
+def _copy_plane(
+    smem, base, mask, ROWS: gl.constexpr, WIDTH: gl.constexpr, LANE_BYTES: gl.constexpr, SHARES: gl.constexpr = 1
+):
+    """Start the copy of ROWS x WIDTH bytes. Of their blocks of 8 rows, the first 1 / SHARES land in every SHARES-th place, so
+    that one of as many warps, which multiply every SHARES-th block each, gets them."""
     ACROSS: gl.constexpr = max(1, WIDTH // LANE_BYTES)
     L: gl.constexpr = gl.BlockedLayout([1, min(LANE_BYTES, WIDTH)], [32 // ACROSS, ACROSS], [gl.num_warps(), 1], [1, 0])
     r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
@@ -123,46 +133,44 @@ def _copy_tile(
 
 
 @gluon.jit
-def _by_position(s, R: gl.constexpr, LP: gl.constexpr):
+def _by_position(s, R: gl.constexpr, W: gl.constexpr, LP: gl.constexpr):
     """Scores [16 R, 64 tokens] s32, rows (high, low bytes) of 8 -> 256 high + low [8 R, 64 positions]."""
-    s = s.reshape([R, 2, 8, 8 // R, R, 4, 2]).permute([0, 2, 5, 4, 3, 6, 1]).reshape([8 * R, 64, 2])
+    s = s.reshape([R, 2, 8, 8 // W, W, 4, 2]).permute([0, 2, 5, 4, 3, 6, 1]).reshape([8 * R, 64, 2])
     hi, lo = gl.split(s)
     return gl.convert_layout(hi, LP, assert_trivial=True) * 256 + gl.convert_layout(lo, LP, assert_trivial=True)
 
 
 @gluon.jit
-def _lane_sums(p, R: gl.constexpr, LSUM: gl.constexpr):
-    return gl.convert_layout(gl.sum(p.reshape([8 * R, 4 * R, 16 // R]), 2), LSUM, assert_trivial=True)
+def _lane_sums(p, R: gl.constexpr, W: gl.constexpr, LSUM: gl.constexpr):
+    return gl.convert_layout(gl.sum(p.reshape([8 * R, 4 * W, 16 // W]), 2), LSUM, assert_trivial=True)
 
 
 @gluon.jit
-def _largest(weights, smem, R: gl.constexpr):
-    """The largest of a program's weights."""
-    if R == 1:
-        return gl.max(weights.reshape([512]), 0)
+def _largest(weights, smem, R: gl.constexpr, W: gl.constexpr):
+    """The largest of a program's weights [8 R, 64]. smem [W, 32] int32."""
+    if W == 1:
+        return gl.max(weights.reshape([512 * R]), 0)
     else:
-        # one per thread, then all of them in every warp: one barrier instead of two
-        mine = gl.max(gl.max(weights.reshape([R, 8, 4 * R, 16 // R]), 3), 0)
-        smem.store(mine)
-        ALL: gl.constexpr = gl.DistributedLinearLayout(
-            reg_bases=[[0, 1]],
-            lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
-            warp_bases=[[0, 0]],
-            block_bases=[],
-            shape=[8, 8],
-        )
-        return gl.max(smem.load(ALL).reshape([32 * R]), 0)
+        # a lane's own, then every warp reads all: one barrier instead of a reduction's two
+        own = gl.max(gl.max(weights.reshape([R, 8, 4, W, 16 // W]), 4), 0)
+        smem.store(own.permute([2, 0, 1]).reshape([W, 32]))
+        L: gl.constexpr = gl.BlockedLayout([W, 1], [1, 32], [1, W], [0, 1])
+        return gl.max(smem.load(L).reshape([32 * W]), 0)
 
 
 @gluon.jit
-def _weight_bytes(weights, smem, R: gl.constexpr, L: gl.constexpr):
-    """[8 R, 64] words for split_bytes -> their bytes [16 R, 64] in every warp."""
-    high, low = split_bytes(weights)
-    if R == 1:
+def _weight_bytes(weights, smem, R: gl.constexpr, W: gl.constexpr, L: gl.constexpr):
+    """[8 R, 64] words for split_bytes -> their bytes [16 R, 64], in every warp. smem [64 R, 16] int8."""
+    high, low = split_bytes(weights, 1)
+    if W == 1:
         return _join_halves(high, low, R, 64, L)
     else:
-        smem.store(_stacked(high, low, R, 64))
-        return smem.load(L)
+        # sixteen bytes, which are a lane's part of one mma operand, lie together
+        x = _stacked(high, low, R, 64).reshape([R, 2, 8, 4, 2, 2, 4]).permute([0, 4, 2, 3, 5, 1, 6])
+        smem.store(x.reshape([64 * R, 16]))
+        LALL: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [1, W], [1, 0])
+        x = smem.load(LALL).reshape([R, 2, 8, 4, 2, 2, 4]).permute([0, 5, 2, 3, 1, 4, 6]).reshape([16 * R, 64])
+        return gl.convert_layout(x, L, assert_trivial=True)
 
 
 @gluon.jit
@@ -245,16 +253,18 @@ def _decode_kernel(
     stride_exact: gl.int64, stride_exact_head: gl.int64,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, ROW_BLOCKS: gl.constexpr, R: gl.constexpr, D: gl.constexpr,
     KEY_BITS: gl.constexpr, VALUE_BITS: gl.constexpr, VALUE_STEP: gl.constexpr,
-    KEY_ASM: gl.constexpr, VALUE_ASM: gl.constexpr, KEY_SHAPE: gl.constexpr, KEY_AXES: gl.constexpr,
+    KEY_ASM: gl.constexpr, VALUE_ASM: gl.constexpr, KEY_TABLE: gl.constexpr, VALUE_TABLE: gl.constexpr,
+    KEY_SHAPE: gl.constexpr, KEY_AXES: gl.constexpr,
     BLOCK_TILES: gl.constexpr, RESIDUAL: gl.constexpr, SINKS: gl.constexpr, EXACT_BLOCK: gl.constexpr,
     HAS_CENTRE: gl.constexpr, EXACT_STAGES: gl.constexpr,
-    STAGES: gl.constexpr, FIELDS: gl.constexpr, COST: gl.constexpr, SHARE_QUERY: gl.constexpr, KEY_PARTS: gl.constexpr,
+    STAGES: gl.constexpr, FIELDS: gl.constexpr, COST: gl.constexpr, KEY_PARTS: gl.constexpr,
     MMA: gl.constexpr, LP: gl.constexpr, LSUM: gl.constexpr, LKEY: gl.constexpr, LQUERY: gl.constexpr,
 ):  # fmt: skip
     K0: gl.constexpr = D * (2 if KEY_BITS == 3 else KEY_BITS) // 8  # bytes a token of the first key plane
     V0: gl.constexpr = D * (2 if VALUE_BITS == 3 else VALUE_BITS) // 8
     PART: gl.constexpr = D // KEY_PARTS  # channels of which the keys are in registers at once
     HEADS: gl.constexpr = KV_HEADS * ROW_BLOCKS
+    W: gl.constexpr = gl.num_warps()
     LQ: gl.constexpr = gl.DotOperandLayout(0, MMA, LQUERY)
     LK: gl.constexpr = gl.DotOperandLayout(1, MMA, LKEY)
     LV: gl.constexpr = gl.DotOperandLayout(1, MMA, 16)
@@ -269,6 +279,7 @@ def _decode_kernel(
     run = gl.program_id(0)
     num_entries = 2 * num_requests
     x, x_end, b, tiles, begin, end, query0, queries, context = load_run(runs_ptr + run * FIELDS)
+    key_table, value_table = in_register(KEY_TABLE), in_register(VALUE_TABLE)
     slot = 0
     # the line's first part: exact tokens
     while (x < x_end) & (b < num_requests):
@@ -312,14 +323,14 @@ def _decode_kernel(
             v1 = gl.allocate_shared_memory(gl.uint8, [STAGES, D // 8, 64], FLAT2)
         else:
             v1 = v0
-        if SHARE_QUERY:
+        if 16 * R * D > 64 * K0:
             q_smem = gl.allocate_shared_memory(gl.int8, [16 * R, D], QUERY_SHARED)
         else:
             # where the last tile in flight is not yet on its way
             q_smem = k0.index(STAGES - 1)._reinterpret(gl.int8, [16 * R, D], QUERY_SHARED)
         # what warps exchange
-        p_smem = gl.allocate_shared_memory(gl.int8, [16 * R, 64], gl.SwizzledSharedLayout(16, 2, 4, [1, 0]))
-        top_smem = gl.allocate_shared_memory(gl.int32, [8, 4 * R], FLAT2)
+        p_smem = gl.allocate_shared_memory(gl.int8, [64 * R, 16], FLAT2)
+        top_smem = gl.allocate_shared_memory(gl.int32, [W, 32], FLAT2)
         while x < x_end:
             request = b - num_requests
             segment, t0, t1, take = _segment(x, x_end, begin, tiles, COST)
@@ -345,12 +356,11 @@ def _decode_kernel(
 
                 fixed, query_scale = rotated_queries(raw_query, signs, unit)
                 # rows (high bytes, low bytes) of 8 queries each
-                q_high, q_low = split_bytes(fixed)
+                q_high, q_low = split_bytes(fixed, 0)
                 q_smem.store(in_key_order(_stacked(q_high, q_low, R, D), KEY_SHAPE, KEY_AXES))
                 q = ()
-                if not SHARE_QUERY:
-                    for part in gl.static_range(KEY_PARTS):
-                        q = q + (q_smem.slice(part * PART, PART, 1).load(LQ),)
+                for part in gl.static_range(KEY_PARTS):
+                    q = q + (q_smem.slice(part * PART, PART, 1).load(LQ),)
                 # half the sum of the coordinates, for the 1/2 that every level lacks, in the rows of the low bytes
                 half = sum_of_fixed(fixed) >> 1
                 half = gl.join(half * 0, half).reshape([R, 8, 2]).permute([0, 2, 1]).reshape([16 * R])
@@ -359,7 +369,7 @@ def _decode_kernel(
                 r8 = gl.arange(0, 8 * R, layout=LROW)
 
                 m = gl.full([8 * R], -1e30, gl.float32, layout=LROW)
-                norm = gl.zeros([8 * R, 4 * R], gl.float32, layout=LSUM)
+                norm = gl.zeros([8 * R, 4 * W], gl.float32, layout=LSUM)
                 acc = gl.zeros([16 * R, D], gl.int32, layout=MMA)
                 ones = gl.zeros([16 * R, 8], gl.int32, layout=MMA)
                 # the queries are out of it by now
@@ -376,27 +386,23 @@ def _decode_kernel(
                     scores = c0
                     for part in gl.static_range(KEY_PARTS):
                         plane = k0.index(at_stage).slice(part * (K0 // KEY_PARTS), K0 // KEY_PARTS, 1)
-                        keys = load_keys(plane, k1.index(at_stage), PART, KEY_BITS, KEY_ASM, LK)
-                        if SHARE_QUERY:
-                            scores = mma_v2(q_smem.slice(part * PART, PART, 1).load(LQ), keys, scores)
-                        else:
-                            scores = mma_v2(q[part], keys, scores)
+                        keys = load_keys(plane, k1.index(at_stage), key_table, PART, KEY_BITS, KEY_ASM, LK)
+                        scores = mma_v2(q[part], keys, scores)
                     key_scale = scales.slice(0, 64).load(LPOS).to(gl.float32)
-                    y = _by_position(scores, R, LP).to(gl.float32) * key_scale[None, :]
+                    y = _by_position(scores, R, W, LP).to(gl.float32) * key_scale[None, :]
                     p = ex2(y * qs[:, None] - m[:, None])
-                    lane_sum = _lane_sums(p, R, LSUM)
+                    lane_sum = _lane_sums(p, R, W, LSUM)
                     norm1 = norm + lane_sum
                     value_scale = scales.slice(64, 64).load(LPOS).to(gl.float32)
                     pos = gl.arange(0, 64, layout=LPOS)
-                    dither = (pos & 15).to(gl.float32) * 0.0625 - 0.46875
-                    # 2^23 + 128: the low 16 bits are the fixed point
-                    weights = (p * value_scale[None, :] + dither[None, :] + 8388736.0).to(gl.int32, bitcast=True)
-                    top = _largest(weights, top_smem, R)
+                    rounding = (pos & 15).to(gl.float32) * 0.0625 + (_WEIGHT - 0.46875)
+                    weights = (p * value_scale[None, :] + rounding[None, :]).to(gl.int32, bitcast=True)
+                    top = _largest(weights, top_smem, R, W)
                     masked = (t + 1) * 64 > plain_end
                     if SINKS > 0:
                         masked = masked | (t * 64 < SINKS)
                     # rare: a larger score than any before, or a tile of which not every token is read packed
-                    if (top > _OVERFLOW) | masked:
+                    if (top >= _OVERFLOW) | masked:
                         y = y * qs[:, None]
                         value_scale = scales.slice(64, 64).load(LPOS).to(gl.float32)
                         if masked:
@@ -413,18 +419,17 @@ def _decode_kernel(
                         highest = gl.floor(gl.max(y + lg2(value_scale)[None, :], 1) + (0.5 - _PLACE))
                         m1 = gl.maximum(m, highest)
                         p = ex2(y - m1[:, None])
-                        lane_sum = _lane_sums(p, R, LSUM)
+                        lane_sum = _lane_sums(p, R, W, LSUM)
                         norm1 = norm * gl.convert_layout(ex2(m - m1), gl.SliceLayout(1, LSUM))[:, None] + lane_sum
-                        weights = p * value_scale[None, :] + dither[None, :] + 8388736.0
-                        weights = weights.to(gl.int32, bitcast=True)
+                        weights = (p * value_scale[None, :] + rounding[None, :]).to(gl.int32, bitcast=True)
                         if t > t0:
                             shift = gl.minimum(m1 - m, 31.0).to(gl.int32)
                             acc = _shifted(acc, shift, R, D, MMA)
                             ones = _shifted(ones, shift, R, 8, MMA)
                         m = m1
                     norm = norm1
-                    values = load_values(v0.index(at_stage), v1.index(at_stage), D, VALUE_BITS, VALUE_ASM, LV)
-                    p8 = _weight_bytes(weights, p_smem, R, LPA)
+                    values = load_values(v0.index(at_stage), v1.index(at_stage), value_table, D, VALUE_BITS, VALUE_ASM, LV)
+                    p8 = _weight_bytes(weights, p_smem, R, W, LPA)
                     _copy_tile(
                         k0.index(at_stage), k1.index(at_stage), v0.index(at_stage), v1.index(at_stage), n.index(at_stage),
                         pages + page * stride_block, t + STAGES, t1, D, KEY_BITS, VALUE_BITS, BLOCK_TILES,
@@ -435,6 +440,8 @@ def _decode_kernel(
                     at_stage = gl.where(at_stage == STAGES - 1, 0, at_stage + 1)
                 async_copy.wait_group(0)
 
+                if VALUE_BITS == 2:
+                    acc = top_field_sums(acc, D)
                 out = _whole(acc, R, D)
                 LO: gl.constexpr = out.type.layout
                 sums = _whole(ones, R, 8)
@@ -477,16 +484,18 @@ def supports(cache_format: CacheFormat) -> bool:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Registers of a thread, programs an SM, tiles and units of exact tokens in flight, whether queries stay in shared
-    memory."""
+    """Warps of a program and registers of a thread, programs an SM, tiles and units of exact tokens in flight."""
 
+    warps: int
     max_registers: int
     programs_per_sm: int
     stages: int
     exact_stages: int
-    share_query: bool
 
 
+# warps an SM, as many as barely spill in the loop, by head size, sets of rows and warps of a program (H200, 2026-11-26); its
+# four schedulers have registers of their own and want equally many, since runs are equally long
+_SM_WARPS = {(64, 1, 1): 16, (128, 1, 1): 12, (256, 1, 1): 8, (64, 2, 2): 12, (128, 2, 2): 8, (64, 2, 1): 8}
 _SM_REGISTERS = 65536
 _SM_SHARED_BYTES = 228 * 1024
 _PROGRAM_SHARED_BYTES = 1024  # that a program takes beside what it asks for
@@ -494,30 +503,28 @@ _PROGRAM_SHARED_BYTES = 1024  # that a program takes beside what it asks for
 
 @functools.cache
 def tuning(cache_format: CacheFormat, row_sets: int) -> Tuning:
-    """As many programs an SM as barely spill in the loop (H200, 2026-11-24) and find room for their tiles.
-
-    Runs are equally long, so an SM's four schedulers want equally many warps.
-    """
+    """As many programs an SM as _SM_WARPS says, or as find room for their tiles."""
     head_size, tile = cache_format.head_size, cache_format.layout.sub_page_bytes
-    wanted = {64: 16, 128: 12, 256: 8}[head_size] // row_sets
-    # beside tiles: queries, weights that warps exchange
-    own = _PROGRAM_SHARED_BYTES + (row_sets - 1) * (16 * row_sets * head_size + 1024 * row_sets + 512)
+    # each warp multiplies some blocks of 8 channels of every field of value bytes
+    fields = {2: 4, 3: 8, 4: 2, 8: 1}[cache_format.value_bits]
+    warps = min(row_sets, head_size // fields // 8)
+    wanted = _SM_WARPS[head_size, row_sets, warps] // warps
+    # beside tiles: what warps exchange, and queries that a tile's keys have no room for
+    own = _PROGRAM_SHARED_BYTES + (warps > 1) * (1024 * row_sets + 128 * warps + 256) + (row_sets > 1) * 32 * head_size
     programs = min(wanted, _SM_SHARED_BYTES // (2 * tile + own))
-    even = 4 // row_sets
+    even = 4 // warps
     programs = programs // even * even if programs >= 2 * even else programs
     # as many in flight as do not make fewer programs
     room = _SM_SHARED_BYTES // programs - own
-    stages = min(2 * row_sets, room // tile)
+    stages = min(2 * warps, room // tile)
     exact_stages = max(1, min(3, room // (EXACT_TOKENS * head_size * 4)))
-    registers = min(255, _SM_REGISTERS // (32 * programs * row_sets) // 8 * 8)
-    return Tuning(registers, programs, stages, exact_stages, row_sets == 2)
+    registers = min(255, _SM_REGISTERS // (32 * programs * warps) // 8 * 8)
+    return Tuning(warps, registers, programs, stages, exact_stages)
 
 
-def row_sets(num_rows: int, cache_format: CacheFormat) -> int:
-    """Blocks of eight query rows that share one pass over the keys and values of a kv head, and the warps of a program."""
-    # each warp multiplies a block of 8 channels of every field of value bytes
-    narrow = cache_format.head_size == 64 and cache_format.value_bits == 3
-    return 2 if num_rows > 8 and cache_format.head_size <= 128 and not narrow else 1
+def row_sets(num_rows: int, head_size: int) -> int:
+    """Blocks of eight query rows that share one pass over the keys and values of a kv head."""
+    return 2 if num_rows > 8 and head_size <= 128 else 1
 
 
 @functools.cache
@@ -572,6 +579,7 @@ def attend(
     if exact and exact.cache.stride()[2:] != (2 * head_size, 1):
         raise ValueError(f"strides of exact blocks must end in {2 * head_size}, 1, got {exact.cache.stride()}")
     tuned = tuning(cache_format, sets)
+    mma, lp, lsum = _layouts(sets, tuned.warps)
     key_ptx, value_ptx, shape, axes = _constants(cache_format)
     width = key_width(head_size, cache_format.key_bits)
     blocks = exact.cache.stride() if exact else (0, 0, 0)
@@ -618,6 +626,8 @@ def attend(
         VALUE_STEP=float(cache_format.value_codebook.step),
         KEY_ASM=key_ptx,
         VALUE_ASM=value_ptx,
+        KEY_TABLE=first_table(cache_format.key_codebook),
+        VALUE_TABLE=first_table(cache_format.value_codebook),
         KEY_SHAPE=(16 * sets, *shape),
         KEY_AXES=axes,
         BLOCK_TILES=cache.shape[2] // SUB_PAGE_TOKENS,
@@ -629,13 +639,12 @@ def attend(
         STAGES=tuned.stages,
         FIELDS=RUN_FIELDS,
         COST=SEGMENT_COST,
-        SHARE_QUERY=tuned.share_query,
         KEY_PARTS=key_parts(head_size, cache_format.key_bits),
-        MMA=_MMA[sets],
-        LP=_P[sets],
-        LSUM=_SUM[sets],
+        MMA=mma,
+        LP=lp,
+        LSUM=lsum,
         LKEY=width,
         LQUERY=width,
-        num_warps=sets,
+        num_warps=tuned.warps,
         maxnreg=tuned.max_registers,
     )

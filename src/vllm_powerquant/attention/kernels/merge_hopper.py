@@ -61,16 +61,29 @@ def _fetch(
     )
     slot = index.to(gl.int64) * BLOCK_ROWS + sub[None, :]
     lse = gl.load(lse_ptr + slot, mask=held, other=float("-inf"))
-    return lse, gl.load(part_ptr + slot[:, :, None] * D + d[None, None, :], mask=held[:, :, None], other=0.0)
+    part = gl.load(part_ptr + slot[:, :, None] * D + d[None, None, :], mask=held[:, :, None], other=0.0)
+    # or each load would be issued where its result is used, one after the other
+    gl.thread_barrier()
+    return lse, part
 
 
 @gluon.jit
-def _add(base, weight, acc, lse, part):
-    """Sums so far, relative to base, and what _fetch returns -> the sums with it."""
-    above = gl.maximum(base, lse)
+def _add(base, weight, acc, lse, part, WARPS: gl.constexpr, L3: gl.constexpr):
+    """Sums of a warp so far [WARPS, ROWS, ..], relative to base, and what _fetch returns -> the sums with it."""
+    SHARE: gl.constexpr = lse.shape[0] // WARPS
+    L: gl.constexpr = gl.SliceLayout(2, L3)
+    lse = lse.reshape([SHARE, WARPS, lse.shape[1]])
+    part = part.reshape([SHARE, WARPS, part.shape[1], part.shape[2]])
+    above = gl.maximum(base, gl.convert_layout(gl.max(lse, 0), L, assert_trivial=True))
     stay = ex2(base - above)
-    add = ex2(lse - above)
-    return above, weight * stay + add, acc * stay[:, :, None] + part * add[:, :, None]
+    add = ex2(lse - gl.convert_layout(above, gl.SliceLayout(0, lse.type.layout), assert_trivial=True)[None, :, :])
+    weight = weight * stay + gl.convert_layout(gl.sum(add, 0), L, assert_trivial=True)
+    add = gl.convert_layout(add, gl.SliceLayout(3, part.type.layout), assert_trivial=True)
+    return (
+        above,
+        weight,
+        acc * stay[:, :, None] + gl.convert_layout(gl.sum(part * add[:, :, :, None], 0), L3, assert_trivial=True),
+    )
 
 
 @gluon.jit(do_not_specialize=["num_requests"])
@@ -114,42 +127,27 @@ def _merge_kernel(
     d = gl.arange(0, D, layout=gl.SliceLayout(0, L2))
     signs = gl.load(signs_ptr + d)
     gdc_wait()
-    # each of PARTS places (for exact partials, which are few, of WARPS) sums up its own share
+    # each warp sums up its own share
     LPART: gl.constexpr = gl.SliceLayout(2, L3)
+    base_e = gl.full([WARPS, ROWS], -1e30, gl.float32, layout=LPART)
+    weight_e = gl.zeros([WARPS, ROWS], gl.float32, layout=LPART)
+    acc_e = gl.zeros([WARPS, ROWS, D], gl.float32, layout=L3)
+    base_p, weight_p, acc_p = base_e, weight_e, acc_e
     lse_e, part_e = _fetch(exact, sub, 0, total, num_runs, part_ptr, lse_ptr, BLOCK_ROWS, COST, WARPS, D, L3)
-    base_p = gl.full([PARTS, ROWS], -1e30, gl.float32, layout=LPART)
-    weight_p = gl.zeros([PARTS, ROWS], gl.float32, layout=LPART)
-    acc_p = gl.zeros([PARTS, ROWS, D], gl.float32, layout=L3)
     done = 0
     if MANY > PARTS:
         # a long context first, with more in flight
         done = packed_count // MANY * MANY
-        if done > 0:
-            base = gl.full([MANY, ROWS], -1e30, gl.float32, layout=LPART)
-            weight = gl.zeros([MANY, ROWS], gl.float32, layout=LPART)
-            acc = gl.zeros([MANY, ROWS, D], gl.float32, layout=L3)
-            for at in range(0, done, MANY):
-                lse, part = _fetch(packed, sub, at, total, num_runs, part_ptr, lse_ptr, BLOCK_ROWS, COST, MANY, D, L3)
-                base, weight, acc = _add(base, weight, acc, lse, part)
-            # the sums of a lane become PARTS places: nothing moves
-            SUMS: gl.constexpr = MANY // PARTS
-            base = base.reshape([SUMS, PARTS, ROWS])
-            base_p = gl.convert_layout(gl.max(base, 0), LPART, assert_trivial=True)
-            share = ex2(base - gl.max(base, 0)[None, :, :])
-            weight_p = gl.convert_layout(gl.sum(weight.reshape([SUMS, PARTS, ROWS]) * share, 0), LPART, assert_trivial=True)
-            acc = acc.reshape([SUMS, PARTS, ROWS, D])
-            share = gl.convert_layout(share, gl.SliceLayout(3, acc.type.layout), assert_trivial=True)
-            acc_p = gl.convert_layout(gl.sum(acc * share[:, :, :, None], 0), L3, assert_trivial=True)
+        for at in range(0, done, MANY):
+            lse, part = _fetch(packed, sub, at, total, num_runs, part_ptr, lse_ptr, BLOCK_ROWS, COST, MANY, D, L3)
+            base_p, weight_p, acc_p = _add(base_p, weight_p, acc_p, lse, part, WARPS, L3)
     for at in range(done, packed_count, PARTS):
-        lse_p, part_p = _fetch(packed, sub, at, total, num_runs, part_ptr, lse_ptr, BLOCK_ROWS, COST, PARTS, D, L3)
-        base_p, weight_p, acc_p = _add(base_p, weight_p, acc_p, lse_p, part_p)
-    base_e = gl.full([WARPS, ROWS], -1e30, gl.float32, layout=LPART)
-    weight_e = gl.zeros([WARPS, ROWS], gl.float32, layout=LPART)
-    acc_e = gl.zeros([WARPS, ROWS, D], gl.float32, layout=L3)
-    base_e, weight_e, acc_e = _add(base_e, weight_e, acc_e, lse_e, part_e)
+        lse, part = _fetch(packed, sub, at, total, num_runs, part_ptr, lse_ptr, BLOCK_ROWS, COST, PARTS, D, L3)
+        base_p, weight_p, acc_p = _add(base_p, weight_p, acc_p, lse, part, WARPS, L3)
+    base_e, weight_e, acc_e = _add(base_e, weight_e, acc_e, lse_e, part_e, WARPS, L3)
     for at in range(WARPS, exact_count, WARPS):
         lse_e, part_e = _fetch(exact, sub, at, total, num_runs, part_ptr, lse_ptr, BLOCK_ROWS, COST, WARPS, D, L3)
-        base_e, weight_e, acc_e = _add(base_e, weight_e, acc_e, lse_e, part_e)
+        base_e, weight_e, acc_e = _add(base_e, weight_e, acc_e, lse_e, part_e, WARPS, L3)
     # warps meet once, at the end
     above = gl.maximum(gl.max(base_e, 0), gl.max(base_p, 0))[None, :]
     share_e = ex2(base_e - above)
@@ -169,9 +167,12 @@ def _merge_kernel(
     gl.store(to[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=real[:, None])
 
 
-def num_warps(num_runs: int, num_segments: int) -> int:
-    """A warp for each few partials that a segment has, about."""
-    return min(MAX_WARPS, max(1, triton.next_power_of_2(num_runs // num_segments + 2) // 4))
+def shape(num_runs: int, num_segments: int) -> tuple[int, int]:
+    """(warps, rows) of a program, by how many runs a segment spans (H200, 2026-11-26)."""
+    runs = num_runs // num_segments
+    if runs < 2:
+        return 1, 4
+    return (1, 1) if runs < 16 else (MAX_WARPS, 1)
 
 
 def merge_runs(
@@ -194,10 +195,8 @@ def merge_runs(
     """
     num_requests, num_heads, head_size = tiles.shape[0] // 2, out.shape[1], out.shape[2]
     num_rows = num_requests * max_query_len * num_heads
-    warps = num_warps(num_runs, num_requests * num_kv_heads * row_blocks)
-    # few segments, perhaps with many partials each: a row a program, for more programs
-    rows = 1 if warps == MAX_WARPS else 4
-    in_flight = 4 if 1 < warps < MAX_WARPS else 2  # partials a warp (H200, 2026-11-24)
+    warps, rows = shape(num_runs, num_requests * num_kv_heads * row_blocks)
+    in_flight = 2 if rows == 4 else (4 if warps > 1 else 8)  # partials a warp
     parts_at_once = warps * max(1, in_flight * 128 // max(head_size, 128))
     lanes = 32 // rows
     _merge_kernel[(triton.cdiv(num_rows, rows),)](

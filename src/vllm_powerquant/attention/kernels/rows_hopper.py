@@ -11,7 +11,7 @@ from ..cache_format import CacheFormat
 from . import decode_hopper
 from .common import LOG2_E
 from .cpu_kernels import ExactBlocks
-from .merge_hopper import merge_runs, num_warps
+from .merge_hopper import merge_runs, shape
 from .plan import RUN_FIELDS, plan_runs
 from .step import StepPlan, warm_up_step
 
@@ -60,7 +60,7 @@ class HopperRows:
 
     def _row_sets(self, max_queries: int) -> int:
         """Sets of eight rows that one pass over a kv head serves."""
-        return decode_hopper.row_sets(max_queries * self.group, self.format)
+        return decode_hopper.row_sets(max_queries * self.group, self.format.head_size)
 
     def _row_blocks(self, max_queries: int) -> int:
         """Passes over a kv head."""
@@ -170,6 +170,6 @@ class HopperRows:
             runs = decode_hopper.num_runs(self.format, self._row_sets(queries), self.device)
             for n in range(1, self.max_requests + 1):
                 segments = n * self.num_kv_heads * self._row_blocks(queries)
-                variants[queries, num_warps(runs, segments)] = n
+                variants[queries, shape(runs, segments)] = n
         for (queries, _), n in variants.items():
             warm_up_step(self, n, queries, dtype, cache, exact)

@@ -1,9 +1,9 @@
 """The store of store.py for NVIDIA GPUs, in Gluon: the same bytes, from layouts that Triton cannot be asked for.
 
 In large batches a thread holds a vector, or half of one, in its registers: rows come, and the words of keys go, through
-shared memory, so that a warp's accesses lie side by side. In small ones more lanes share a vector. The usual widths, 4-bit
-keys and 2-bit values, are quantized and packed in inline PTX, by instructions that Triton has no words for (rounding down,
-saturation, byte permutes, fp16 pairs).
+shared memory, so that a warp's accesses lie side by side, and values are on their way while keys are stored. In small ones
+more lanes share a vector. The usual widths, 4-bit keys and 2-bit values, are quantized and packed in inline PTX, by
+instructions that Triton has no words for (rounding down, saturation, byte permutes, fp16 pairs).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from ..cache_format import CacheFormat
 from .hadamard import hadamard, join_columns, split_columns, tree_sum
@@ -195,31 +196,46 @@ def _load_vectors(
     return columns
 
 
+@gluon.constexpr_function
+def _tile_layout(head_size, dtype, warps):
+    """Sixteen bytes a lane along the length of rows [TOKENS, head_size]."""
+    run = 128 // dtype.primitive_bitwidth
+    beside = min(32, head_size // run)
+    return gl.BlockedLayout([1, run], [32 // beside, beside], [warps, 1], [1, 0])
+
+
 @gluon.jit
-def _load_tile(
-    ptr, centre_ptr, to_ptr, copied, stride_token,
-    HEAD_SIZE: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr, COLUMN: gl.constexpr,
-):  # fmt: skip
-    """_load_vectors of consecutive rows from ptr: read along their length, then passed through shared memory."""
-    TOKENS: gl.constexpr = copied.shape[0]
-    WIDTH: gl.constexpr = LANES * GROUP
-    # 16 bytes a lane
-    RUN: gl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
-    BESIDE: gl.constexpr = min(32, HEAD_SIZE // RUN)
-    TILE: gl.constexpr = gl.BlockedLayout([1, RUN], [32 // BESIDE, BESIDE], [gl.num_warps(), 1], [1, 0])
-    PIECES: gl.constexpr = gl.BlockedLayout([1, GROUP], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
-    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(RUN, 1, 8, [1, 0])
+def _copy_tile(ptr, stride_token, TOKENS: gl.constexpr, HEAD_SIZE: gl.constexpr):
+    """Start to copy consecutive rows from ptr to shared memory [TOKENS, HEAD_SIZE]."""
+    DTYPE: gl.constexpr = ptr.dtype.element_ty
+    TILE: gl.constexpr = _tile_layout(HEAD_SIZE, DTYPE, gl.num_warps())
     row = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, TILE))[:, None]
     offs = gl.arange(0, HEAD_SIZE, layout=gl.SliceLayout(0, TILE))[None, :]
+    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(128 // DTYPE.primitive_bitwidth, 1, 8, [1, 0])
+    tile = gl.allocate_shared_memory(DTYPE, [TOKENS, HEAD_SIZE], SWIZZLED)
     # 32 bits: the launcher sees to it
-    tile = gl.load(ptr + (row * stride_token.to(gl.int32) + offs))
-    shared = gl.allocate_shared_memory(tile.dtype, [TOKENS, HEAD_SIZE], SWIZZLED, tile)
-    if to_ptr is not None:
-        # few tokens have an exact block
-        if gl.max(gl.max(copied.to(gl.int32), 1), 0) != 0:
-            to_rows = gl.convert_layout(to_ptr, TILE)
-            gl.store(to_rows + offs, tile, mask=gl.convert_layout(copied, TILE))
-    x = _widen(shared.load(PIECES))
+    async_copy.async_copy_global_to_shared(tile, ptr + (row * stride_token.to(gl.int32) + offs))
+    async_copy.commit_group()
+    return tile
+
+
+@gluon.jit
+def _store_tile(tile, to_ptr, mask):
+    """Rows of a tile that has arrived to to_ptr [TOKENS, 1]."""
+    L: gl.constexpr = _tile_layout(tile.shape[1], tile.dtype, gl.num_warps())
+    rows = gl.convert_layout(to_ptr, L) + gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, L))[None, :]
+    gl.store(rows, tile.load(L), mask=gl.convert_layout(mask, L))
+
+
+@gluon.jit
+def _load_tile(
+    tile, centre_ptr, HEAD_SIZE: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr, COLUMN: gl.constexpr
+):  # fmt: skip
+    """_load_vectors from what _copy_tile returns, without a copy."""
+    TOKENS: gl.constexpr = tile.shape[0]
+    WIDTH: gl.constexpr = LANES * GROUP
+    PIECES: gl.constexpr = gl.BlockedLayout([1, GROUP], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
+    x = _widen(tile.load(PIECES))
     if centre_ptr is not None:
         x = x - gl.load(centre_ptr + gl.arange(0, HEAD_SIZE, layout=gl.SliceLayout(0, PIECES))[None, :])
     x = x.reshape([TOKENS, HEAD_SIZE // WIDTH, LANES, GROUP]).permute(0, 2, 1, 3)
@@ -321,19 +337,21 @@ def _value_bytes(h, inverse, lane, LANES: gl.constexpr, GROUP: gl.constexpr, PTX
 
 @gluon.jit
 def _store_vectors(
-    ptr, first, row, centre_ptr, to_ptr, copied, cache_ptr, slot, packed, magnitudes, other_bytes,
+    ptr, tile, row, centre_ptr, to_ptr, copied, cache_ptr, slot, packed, magnitudes, other_bytes,
     stride_token, stride_block,
     IS_KEY: gl.constexpr, FORMAT: gl.constexpr, VECTORS: gl.constexpr, PTX: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr, TILED: gl.constexpr, COLUMN: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr, COLUMN: gl.constexpr,
 ):  # fmt: skip
-    """Keys or values of a program's tokens; per-token tensors are [TOKENS, 1] in layout COLUMN."""
+    """Keys or values of a program's tokens; per-token tensors are [TOKENS, 1] in layout COLUMN.
+
+    Args: tile: they are there already, and copied (unless None)
+    """
     HEAD_SIZE: gl.constexpr = FORMAT.head_size
     SIGNS: gl.constexpr = FORMAT.signs
     OUTER: gl.constexpr = FORMAT.outer
     COUNT: gl.constexpr = HEAD_SIZE // LANES
-    if TILED:
-        first_ptr = ptr + first.to(gl.int64) * stride_token
-        x = _load_tile(first_ptr, centre_ptr, to_ptr, copied, stride_token, HEAD_SIZE, LANES, GROUP, COLUMN)
+    if tile is not None:
+        x = _load_tile(tile, centre_ptr, HEAD_SIZE, LANES, GROUP, COLUMN)
     else:
         x = _load_vectors(ptr, row, centre_ptr, to_ptr, copied, stride_token, HEAD_SIZE, LANES, GROUP, COLUMN)
     if cache_ptr is not None:
@@ -355,7 +373,7 @@ def _store_vectors(
             if PTX is None:
                 out = pack_key_words(out)
             to = sub_page + VECTORS.planes[0][0] + token * (HEAD_SIZE // 2)
-            if TILED:
+            if tile is not None:
                 _store_word_tile(to, out, packed, LANES, GROUP)
             else:
                 _store_words(to, out, packed, LANES, GROUP)
@@ -403,9 +421,17 @@ def _store_kernel(
     TOKENS: gl.constexpr = gl.num_warps() * 32 // LANES
     head = gl.program_id(0).to(gl.int64)
     first = gl.program_id(1) * TOKENS
+    key_ptr += head * stride_key_head
+    value_ptr += head * stride_value_head
+    key_tile, value_tile = None, None
     if TILED:
         # the last program starts early instead of ending late: what it shares with the one before is stored twice
         first = gl.minimum(first, num_tokens - TOKENS)
+        # under way while the program asks for its slots, and the values while it stores the keys
+        key_tile = _copy_tile(key_ptr + first.to(gl.int64) * stride_key_token, stride_key_token, TOKENS, FORMAT.head_size)
+        value_tile = _copy_tile(
+            value_ptr + first.to(gl.int64) * stride_value_token, stride_value_token, TOKENS, FORMAT.head_size
+        )
     row = first + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, COLUMN))[:, None]
     real = row < num_tokens
     # reads need no mask
@@ -422,23 +448,33 @@ def _store_kernel(
         to_ptr = exact_ptr + exact_slot // EXACT_BLOCK_SIZE * stride_exact_block + head * stride_exact_head
         to_ptr = to_ptr + exact_slot % EXACT_BLOCK_SIZE * stride_exact_token
         value_to_ptr = to_ptr + FORMAT.head_size
-    if gl.program_id(2) == 0:
+    if TILED:
+        if exact_ptr is not None:
+            # few tokens have an exact block
+            if gl.max(gl.max(copied.to(gl.int32), 1), 0) != 0:
+                async_copy.wait_group(0)
+                _store_tile(key_tile, to_ptr, copied)
+                _store_tile(value_tile, value_to_ptr, copied)
+        async_copy.wait_group(1)
+    if TILED or gl.program_id(2) == 0:
         _store_vectors(
-            key_ptr + head * stride_key_head,
-            first,
+            key_ptr,
+            key_tile,
             row,
             None if centre_ptr is None else centre_ptr + head * FORMAT.head_size,
             to_ptr, copied, cache_ptr, slot, packed, magnitudes, other_bytes, stride_key_token, stride_block,
-            True, FORMAT, KEYS, KEY_PTX, BLOCK_SIZE, LANES, GROUP, TILED, COLUMN,
+            True, FORMAT, KEYS, KEY_PTX, BLOCK_SIZE, LANES, GROUP, COLUMN,
         )  # fmt: skip
-    else:
+    if TILED:
+        async_copy.wait_group(0)
+    if TILED or gl.program_id(2) == 1:
         _store_vectors(
-            value_ptr + head * stride_value_head,
-            first,
+            value_ptr,
+            value_tile,
             row,
             None,
             value_to_ptr, copied, cache_ptr, slot, packed, magnitudes, other_bytes, stride_value_token, stride_block,
-            False, FORMAT, VALUES, VALUE_PTX, BLOCK_SIZE, LANES, GROUP, TILED, COLUMN,
+            False, FORMAT, VALUES, VALUE_PTX, BLOCK_SIZE, LANES, GROUP, COLUMN,
         )  # fmt: skip
 
 
@@ -482,11 +518,13 @@ def store_nvidia(
     """store.store after its checks."""
     num_kv_heads = key.shape[1]
     lanes, group, tiled, warps, maxnreg = launch_shape(cache_format, num_tokens * num_kv_heads >= LARGE_BATCH)
-    # a tile is full, and its offsets fit 32 bits
-    if tiled and (num_tokens < warps * 32 // lanes or max(key.stride(0), value.stride(0)) >= 2**26):
+    # a tile is full, its offsets fit 32 bits, and its rows are copied 16 bytes at a time
+    strides = (*key.stride()[:2], *value.stride()[:2])
+    odd = any(stride % 16 for stride in strides) or key.data_ptr() % 16 or value.data_ptr() % 16
+    if tiled and (num_tokens < warps * 32 // lanes or max(strides) >= 2**26 or odd):
         lanes, group, tiled, warps, maxnreg = launch_shape(cache_format, False)
     key_ptx, value_ptx, magnitudes = _ptx(cache_format)
-    _store_kernel[(num_kv_heads, triton.cdiv(num_tokens, warps * 32 // lanes), 2)](
+    _store_kernel[(num_kv_heads, triton.cdiv(num_tokens, warps * 32 // lanes), 1 if tiled else 2)](
         key,
         value,
         key_centre,

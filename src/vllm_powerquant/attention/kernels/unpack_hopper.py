@@ -29,6 +29,13 @@ def _asm(body: list[str], registers: str, constants: dict[str, int]) -> str:
     return "{ .reg .b32 " + ", ".join([*registers.split(), *constants]) + "; " + " ".join(moves + body) + " }"
 
 
+def first_table(codebook) -> int:
+    """The word of bytes that key_asm's and value_asm's instructions for 3 and 4 bits take as their last operand, signed."""
+    bits = codebook.bits
+    levels = {3: list(codebook.levels), 4: _magnitudes(codebook)}.get(bits, [])
+    return int.from_bytes(bytes(b & 255 for b in levels[:4]), "little", signed=True)
+
+
 def key_asm(codebook) -> tuple[str, ...]:
     """PTX that turns packed key words into signed level bytes, by bit width (8: none is needed).
 
@@ -39,74 +46,74 @@ def key_asm(codebook) -> tuple[str, ...]:
     if bits == 8:
         return ()
     if bits == 4:
-        low, high = _byte_table(_magnitudes(codebook))
+        _, high = _byte_table(_magnitudes(codebook))
         body = [
             "and.b32 m, $2, 0x77777777;",
-            "prmt.b32 x, a, b, m;",
+            "prmt.b32 x, $3, b, m;",
             "shr.u32 t, m, 16;",
-            "prmt.b32 y, a, b, t;",
+            "prmt.b32 y, $3, b, t;",
             "prmt.b32 s, $2, $2, 0xBA98;",
             "xor.b32 $0, x, s;",
             "shl.b32 t, $2, 4;",
             "prmt.b32 u, t, t, 0xBA98;",
             "xor.b32 $1, y, u;",
         ]
-        return (_asm(body, "m x y t s u", {"a": low, "b": high}),)
+        return (_asm(body, "m x y t s u", {"b": high}),)
     low, high = _byte_table(list(codebook.levels))
     if bits == 2:
         body = [
-            "and.b32 m, $4, 0x33333333;",
-            "prmt.b32 $0, a, a, m;",
+            # the table is the second one, which may be a constant
+            "lop3.b32 m, $4, 0x33333333, 0x44444444, 0xEA;",
+            "prmt.b32 $0, m, a, m;",
             "shr.u32 m, m, 16;",
-            "prmt.b32 $1, a, a, m;",
+            "prmt.b32 $1, m, a, m;",
             "shr.u32 t, $4, 2;",
-            "and.b32 m, t, 0x33333333;",
-            "prmt.b32 $2, a, a, m;",
+            "lop3.b32 m, t, 0x33333333, 0x44444444, 0xEA;",
+            "prmt.b32 $2, m, a, m;",
             "shr.u32 m, m, 16;",
-            "prmt.b32 $3, a, a, m;",
+            "prmt.b32 $3, m, a, m;",
         ]
         return (_asm(body, "m t", {"a": low}),)
-    return tuple(
-        _asm(_three_bit_selectors(odd, "$4", "$5", "$0", "$1", "$2", "$3"), "m t h", {"a": low, "b": high}) for odd in (0, 1)
-    )
+    return tuple(_asm(_three_bit_selectors(odd, "$4", "$5", "$0", "$1", "$2", "$3"), "m t h", {"b": high}) for odd in (0, 1))
 
 
 def _three_bit_selectors(odd: int, low: str, high: str, *outs: str) -> list[str]:
     """Nibbles of 3-bit codes -> table bytes: fields (0, 2) of two bytes, of the other two, then fields (1, 3).
 
-    Bit 2f + odd of a high byte is the third bit of field f.
+    $6 is first_table. Bit 2f + odd of a high byte is the third bit of field f.
     """
     first, second = ("shl.b32 h, {}, 2;", "mov.b32 h, {};") if not odd else ("shl.b32 h, {}, 1;", "shr.u32 h, {}, 1;")
     return [
         first.format(high),
         "and.b32 h, h, 0x44444444;",
         f"lop3.b32 m, {low}, 0x33333333, h, 0xEA;",
-        f"prmt.b32 {outs[0]}, a, b, m;",
+        f"prmt.b32 {outs[0]}, $6, b, m;",
         "shr.u32 m, m, 16;",
-        f"prmt.b32 {outs[1]}, a, b, m;",
+        f"prmt.b32 {outs[1]}, $6, b, m;",
         f"shr.u32 t, {low}, 2;",
         second.format(high),
         "and.b32 h, h, 0x44444444;",
         "lop3.b32 m, t, 0x33333333, h, 0xEA;",
-        f"prmt.b32 {outs[2]}, a, b, m;",
+        f"prmt.b32 {outs[2]}, $6, b, m;",
         "shr.u32 m, m, 16;",
-        f"prmt.b32 {outs[3]}, a, b, m;",
+        f"prmt.b32 {outs[3]}, $6, b, m;",
     ]
 
 
 def value_asm(codebook) -> tuple[str, ...]:
     """PTX that turns four positions of packed value columns into signed bytes, one register a field (8 bits: none).
 
-    2 bits keep their field's weight 4^f, which is divided out of the sums; 3 and 4 bits go through the levels' table.
+    2 bits: fields 0 to 2 with their weight 4^f, which is divided out of the sums, and the byte itself, which is field 3 once
+    the sums of the others are taken off (top_field_sums). 3 and 4 bits go through the levels' table.
     """
     bits = codebook.bits
     if bits == 8:
         return ()
     if bits == 2:
-        masks = ("0x03030303", "0x0C0C0C0C", "0x30303030", "0xC0C0C0C0")
-        return (" ".join(f"and.b32 ${i}, $4, {mask};" for i, mask in enumerate(masks)),)
+        masks = ("0x03030303", "0x0C0C0C0C", "0x30303030")
+        return (" ".join([*(f"and.b32 ${i}, $4, {mask};" for i, mask in enumerate(masks)), "mov.b32 $3, $4;"]),)
     if bits == 4:
-        low, high = _byte_table(_magnitudes(codebook))
+        _, high = _byte_table(_magnitudes(codebook))
         body = [
             # n -> n - 8 where n >= 8, else 7 - n
             "not.b32 n, $2;",
@@ -115,9 +122,9 @@ def value_asm(codebook) -> tuple[str, ...]:
             "sub.u32 t, z, t;",
             "xor.b32 m, $2, t;",
             "and.b32 m, m, 0x77777777;",
-            "prmt.b32 x, a, b, m;",
+            "prmt.b32 x, $3, b, m;",
             "shr.u32 m, m, 16;",
-            "prmt.b32 y, a, b, m;",
+            "prmt.b32 y, $3, b, m;",
             "prmt.b32 m, x, y, 0x6420;",
             "shl.b32 t, n, 4;",
             "prmt.b32 t, t, t, 0xBA98;",
@@ -126,8 +133,8 @@ def value_asm(codebook) -> tuple[str, ...]:
             "prmt.b32 t, n, n, 0xBA98;",
             "xor.b32 $1, m, t;",
         ]
-        return (_asm(body, "n z t m x y", {"a": low, "b": high}),)
-    low, high = _byte_table(list(codebook.levels))
+        return (_asm(body, "n z t m x y", {"b": high}),)
+    _, high = _byte_table(list(codebook.levels))
     unzip = [
         "prmt.b32 $0, p, q, 0x6420;",
         "prmt.b32 $2, p, q, 0x7531;",
@@ -135,7 +142,7 @@ def value_asm(codebook) -> tuple[str, ...]:
         "prmt.b32 $3, v, w, 0x7531;",
     ]
     return tuple(
-        _asm(_three_bit_selectors(odd, "$4", "$5", "p", "q", "v", "w") + unzip, "m t h p q v w", {"a": low, "b": high})
+        _asm(_three_bit_selectors(odd, "$4", "$5", "p", "q", "v", "w") + unzip, "m t h p q v w", {"b": high})
         for odd in (0, 1)
     )
 
@@ -192,13 +199,20 @@ def _cat_columns(a, b):
 
 
 @gluon.jit
-def load_keys(k0, k1, D: gl.constexpr, BITS: gl.constexpr, ASM: gl.constexpr, L: gl.constexpr):
-    """Keys of a tile, or of a part of its D channels, as signed level bytes [D, 64] in the order of key_channel_order."""
+def load_keys(k0, k1, table, D: gl.constexpr, BITS: gl.constexpr, ASM: gl.constexpr, L: gl.constexpr):
+    """Keys of a tile, or of a part of its D channels, as signed level bytes [D, 64] in the order of key_channel_order.
+
+    Args: table: first_table
+    """
     if BITS == 8:
         return gl.convert_layout(k0.permute([1, 0]).load(L).to(gl.int8, bitcast=True), L, assert_trivial=True)
     elif BITS == 4:
         w = k0.permute([1, 0]).load(L)
-        a, z = gl.inline_asm_elementwise(ASM[0], "=r,=r,r", [w], dtype=(gl.int8, gl.int8), is_pure=True, pack=4)
+        # four operands of it, as the others are four bytes each
+        table = gl.full(w.shape, table, gl.int32, w.type.layout)
+        a, z = gl.inline_asm_elementwise(
+            ASM[0], "=r,=r,r,r,r,r,r", [w, table], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
+        )
         return gl.convert_layout(_cat_rows(a, z), L, assert_trivial=True)
     elif BITS == 2:
         w = k0.permute([1, 0]).load(L)
@@ -210,11 +224,22 @@ def load_keys(k0, k1, D: gl.constexpr, BITS: gl.constexpr, ASM: gl.constexpr, L:
         W: gl.constexpr = D // 4
         w0, w1 = gl.split(k0.permute([1, 0]).load(L).reshape([2, W // 2, 64]).permute([1, 2, 0]))
         h = k1.permute([1, 0]).load(w0.type.layout)
+        table = gl.full(h.shape, table, gl.int32, h.type.layout)
         x0, x1, x2, x3 = gl.inline_asm_elementwise(
-            ASM[0], "=r,=r,=r,=r,r,r", [w0, h], dtype=(gl.int8, gl.int8, gl.int8, gl.int8), is_pure=True, pack=4
+            ASM[0],
+            "=r,=r,=r,=r,r,r,r,r,r,r",
+            [w0, h, table],
+            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
+            is_pure=True,
+            pack=4,
         )
         y0, y1, y2, y3 = gl.inline_asm_elementwise(
-            ASM[1], "=r,=r,=r,=r,r,r", [w1, h], dtype=(gl.int8, gl.int8, gl.int8, gl.int8), is_pure=True, pack=4
+            ASM[1],
+            "=r,=r,=r,=r,r,r,r,r,r,r",
+            [w1, h, table],
+            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
+            is_pure=True,
+            pack=4,
         )
         x = _cat_rows(_cat_rows(x0, x1), _cat_rows(x2, x3))
         y = _cat_rows(_cat_rows(y0, y1), _cat_rows(y2, y3))
@@ -222,13 +247,19 @@ def load_keys(k0, k1, D: gl.constexpr, BITS: gl.constexpr, ASM: gl.constexpr, L:
 
 
 @gluon.jit
-def load_values(v0, v1, D: gl.constexpr, BITS: gl.constexpr, ASM: gl.constexpr, L: gl.constexpr):
-    """Values of a tile as signed bytes [64 positions, D], channels in order."""
+def load_values(v0, v1, table, D: gl.constexpr, BITS: gl.constexpr, ASM: gl.constexpr, L: gl.constexpr):
+    """Values of a tile as signed bytes [64 positions, D], channels in order; 2 bits: what value_asm says.
+
+    Args: table: first_table
+    """
     if BITS == 8:
         return v0.permute([1, 0]).load(L).to(gl.int8, bitcast=True)
     elif BITS == 4:
         w = v0.permute([1, 0]).load(L)
-        x0, x1 = gl.inline_asm_elementwise(ASM[0], "=r,=r,r", [w], dtype=(gl.int8, gl.int8), is_pure=True, pack=4)
+        table = gl.full(w.shape, table, gl.int32, w.type.layout)
+        x0, x1 = gl.inline_asm_elementwise(
+            ASM[0], "=r,=r,r,r,r,r,r", [w, table], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
+        )
         return gl.convert_layout(_cat_columns(x0, x1), L, assert_trivial=True)
     elif BITS == 2:
         w = v0.permute([1, 0]).load(L)
@@ -240,12 +271,34 @@ def load_values(v0, v1, D: gl.constexpr, BITS: gl.constexpr, ASM: gl.constexpr, 
         w0 = v0.slice(0, D // 8).permute([1, 0]).load(L)
         w1 = v0.slice(D // 8, D // 8).permute([1, 0]).load(L)
         h = v1.permute([1, 0]).load(L)
+        table = gl.full(h.shape, table, gl.int32, h.type.layout)
         x0, x1, x2, x3 = gl.inline_asm_elementwise(
-            ASM[0], "=r,=r,=r,=r,r,r", [w0, h], dtype=(gl.int8, gl.int8, gl.int8, gl.int8), is_pure=True, pack=4
+            ASM[0],
+            "=r,=r,=r,=r,r,r,r,r,r,r",
+            [w0, h, table],
+            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
+            is_pure=True,
+            pack=4,
         )
         y0, y1, y2, y3 = gl.inline_asm_elementwise(
-            ASM[1], "=r,=r,=r,=r,r,r", [w1, h], dtype=(gl.int8, gl.int8, gl.int8, gl.int8), is_pure=True, pack=4
+            ASM[1],
+            "=r,=r,=r,=r,r,r,r,r,r,r",
+            [w1, h, table],
+            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
+            is_pure=True,
+            pack=4,
         )
         low = _cat_columns(_cat_columns(x0, y0), _cat_columns(x1, y1))
         high = _cat_columns(_cat_columns(x2, y2), _cat_columns(x3, y3))
         return gl.convert_layout(_cat_columns(low, high), L, assert_trivial=True)
+
+
+@gluon.jit
+def top_field_sums(acc, D: gl.constexpr):
+    """Sums [N, D] over 2-bit values as load_values gives them, the last quarter over whole bytes -> over their field 3."""
+    x = acc.reshape([acc.shape[0], 2, 2, D // 4]).permute([0, 3, 1, 2])
+    even, odd = gl.split(x)
+    f0, f2 = gl.split(even)
+    f1, f3 = gl.split(odd)
+    x = gl.join(gl.join(f0, f2), gl.join(f1, f3 - f0 - f1 - f2))
+    return gl.convert_layout(x.permute([0, 2, 3, 1]).reshape(acc.shape), acc.type.layout, assert_trivial=True)
