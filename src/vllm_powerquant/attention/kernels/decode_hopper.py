@@ -7,8 +7,8 @@ gpu_kernels.py. What a page holds is layout.py's; the numbers here are its 64-to
   exact tokens (exact_hopper.py), then those of packed ones, each `tiles + SEGMENT_COST` long, and cut into equal runs, one a
   program (stream-K), so ragged batches have no tail. A segment within one run leaves one partial, a segment cut by run
   borders one in each run.
-- Eight query rows are one warp's work, sixteen that of two, which share what is unpacked: each computes the scores of half the
-  tokens and the outputs of half the channels, so the weights of a tile pass through shared memory.
+- Eight query rows are one warp's work, sixteen that of two, which share what is unpacked: each computes the scores of half
+  the tokens and the outputs of half the channels, so the weights of a tile pass through shared memory.
 - Queries are rotated by the program that needs them, while its first tile is on its way (queries_hopper.py).
 - Scores   S[16, 64] = Q[16, D] K[D, 64] by mma.sync m16n8k32 in s8: of each 16 rows the first 8 hold the high bytes of a
   16-bit fixed-point q of 8 rows, the others its low bytes, so that 256 hi + lo joins them in the lane that holds both.
