@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--graphs", action="store_true", help="decode steps as CUDA graphs instead of eager")
     parser.add_argument("--at-once", type=int, default=1, help="engines that run beside one another")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep each configuration's log-probabilities here")
-    parser.add_argument("--reference", type=Path, metavar="FOLDER", help="what --save kept elsewhere; its texts are used")
+    parser.add_argument("--reference", type=Path, metavar="FOLDER", help="what --save kept elsewhere; of its texts")
     args = parser.parse_args()
     import torch
     import vllm
@@ -59,9 +59,12 @@ def main() -> None:
     from vllm_powerquant.model import prepare_model
 
     job = {"model": args.model or str(prepare_model()), "passes": 2, "engine": {}}
-    job |= {"prompts": args.prompts, "prompt_tokens": args.prompt_tokens, "positions": args.positions}
     if args.reference:
-        job["tokens"] = np.load(args.reference / "tokens.npy").tolist()
+        tokens = np.load(args.reference / "tokens.npy")
+        args.prompts, args.positions, _ = np.load(args.reference / "bf16.npy", mmap_mode="r").shape
+        args.prompt_tokens = tokens.shape[1] - args.positions
+        job["tokens"] = tokens.tolist()
+    job |= {"prompts": args.prompts, "prompt_tokens": args.prompt_tokens, "positions": args.positions}
     where = "CPU"
     if torch.cuda.is_available():
         where = torch.cuda.get_device_name()
