@@ -31,7 +31,7 @@ STYLES = {
     "int4_per_token_head": ("vLLM int4_per_token_head", "#b8860b", "v"),
 }
 SWEEP = re.compile(r"(\d+)x(\d+) 32/8 d128")
-SERVED = re.compile(r"context (\d+), batch (\d+)(, memory full)?")
+SERVED = re.compile(r"context (\d+), batch (\d+)(, memory full)?, no torch\.compile")
 Series = dict[str, list[tuple[int, Row]]]  # provider -> (x, row)
 
 
@@ -129,7 +129,7 @@ def serving_tokens(rows: list[Row]):
                 axis.annotate(note, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8, color=colour)
     batches = sorted({x for points in series.values() for x, *_ in points})
     axis.set_xscale("log", base=2)
-    axis.set_xlim(batches[0] / 1.4, batches[-1] * 2.2)
+    axis.set_xlim(batches[0] / 1.4, batches[-1] * 2.8)
     axis.set_xticks(batches, [f"{x}" for x in batches])
     axis.set_ylim(0, 1.2 * max(y for points in series.values() for _, y, _ in points))
     axis.set_xlabel("requests")
@@ -137,7 +137,7 @@ def serving_tokens(rows: list[Row]):
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="upper left")
     used = [row for match, row in found if int(match[1]) == context]
-    title = f"Decode in vLLM, Qwen3-8B shape, {tokens(context)} contexts: tokens/s of decode steps"
+    title = f"Decode steps in vLLM, Qwen3-8B's shape, {tokens(context)} contexts"
     figure.suptitle(f"{title}\n{caption(used)}", fontsize=11)
     return figure
 
