@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
 import harness
 import quality_models
@@ -22,9 +21,9 @@ from tqdm import tqdm
 from vllm_powerquant import quality
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.hf_cache import PowerQuantCache
+from vllm_powerquant.calibration import key_centres
 from vllm_powerquant.codebooks.tables import load_codebook
 
-TEXTS = Path(__file__).parent / "texts"
 CONFIGURATIONS = {
     "K8/V8": {"key_bits": 8, "value_bits": 8},
     "K4/V4": {"value_bits": 4},
@@ -87,19 +86,21 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     loaded = quality_models.load(args.model)
     model = loaded.model
-    ids = {file.stem: loaded.ids(quality.read_text(file)) for file in sorted(TEXTS.glob("*.txt"))}
+    ids = {name: loaded.ids(text) for name, text in quality.read_texts().items()}
     where = harness.environment(args.commit)
     where = {"torch": where["torch"], "transformers": transformers.__version__} | {k: where[k] for k in ("commit", "date")}
     centres = None
     if any("centred" in CONFIGURATIONS[name] for name in args.only):
-        runs = [quality.cut(x, "calibrate", 1024, 2) for x in ids.values()]
+        runs = [quality.cut(x, quality.SPLITS["calibrate"], 1024, 2) for x in ids.values()]
         runs = [[*loaded.prefix, *run] for of_text in runs for run in of_text]
-        centres = quality.key_centres(model, tqdm(runs, "centres", leave=False))
+        centres = key_centres(model, tqdm(runs, "centres", leave=False))
     print(f"{args.model}, {where}")
     for tokens in args.tokens:
         segments = []
         for name, of_text in tqdm(ids.items(), f"{tokens} tokens: uncompressed", leave=False):
-            runs = quality.cut(of_text, args.split, tokens + args.positions - len(loaded.prefix), args.segments)
+            runs = quality.cut(
+                of_text, quality.SPLITS[args.split], tokens + args.positions - len(loaded.prefix), args.segments
+            )
             segments += [
                 quality.make_segment(model, f"{name} {i}", [*loaded.prefix, *run], tokens, args.chunk)
                 for i, run in enumerate(runs)
@@ -121,7 +122,7 @@ def main() -> None:
 def distortions(loaded, ids: dict[str, list[int]]) -> None:
     """Relative errors of every width on Gaussian vectors and on the model's own, against theory."""
     d = loaded.model.config.head_dim
-    run = [*loaded.prefix, *quality.cut(ids["docs"], "tune", 1024, 1)[0]]
+    run = [*loaded.prefix, *quality.cut(ids["docs"], quality.SPLITS["tune"], 1024, 1)[0]]
     captured = quality.make_segment(loaded.model, "captured", [*run, run[-1]], len(run)).exact
     keys, values = (torch.cat([layer[i].float().flatten(0, 2) for layer in captured]) for i in (0, 1))
     gaussian = torch.randn(200_000, d, generator=torch.Generator().manual_seed(0))

@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=640)
     parser.add_argument("--positions", type=int, default=32)
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    parser.add_argument("--calibration", help="what `powerquant calibrate` wrote, for every configuration")
     parser.add_argument("--graphs", action="store_true", help="decode steps as CUDA graphs instead of eager")
     parser.add_argument("--at-once", type=int, default=1, help="engines that run beside one another")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep each configuration's log-probabilities here")
@@ -77,7 +78,8 @@ def main() -> None:
         f"{args.prompts} prompts of {args.prompt_tokens} tokens x {args.positions} positions; KL in nats +- standard error"
     )
     jobs = {"bf16": {**job, "backend": None}}
-    jobs |= {name: {**job, "backend": "POWERQUANT", "environment": CONFIGURATIONS[name]} for name in args.only}
+    calibrated = {"POWERQUANT_CALIBRATION": args.calibration} if args.calibration else {}
+    jobs |= {name: {**job, "backend": "POWERQUANT", "environment": CONFIGURATIONS[name] | calibrated} for name in args.only}
     with concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
         running = {name: pool.submit(run, job) for name, job in jobs.items()}
         stock = running["bf16"].result()

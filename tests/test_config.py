@@ -18,6 +18,7 @@ DEFAULTS = {
     "residual_block_size": 16,
     "sink_tokens": 4,
     "protected_layers": 0,
+    "calibration": "",
 }
 
 ACCEPTED = [
@@ -210,6 +211,16 @@ def test_describe():
     assert [name for name, _ in PowerQuantConfig().describe()] == list(DEFAULTS)
 
 
+def test_text_options():
+    path = "/some where/12.safetensors"
+    assert PowerQuantConfig.from_sources({"POWERQUANT_CALIBRATION": path}).calibration == path
+    assert PowerQuantConfig.from_sources({}, {"calibration": "12"}).calibration == "12"
+    assert PowerQuantConfig.from_sources({"POWERQUANT_CALIBRATION": "12"}).calibration == "12"
+    assert "calibration in --additional-config" in (message := refusal({}, {"calibration": 12}))
+    assert message.endswith("must be a file (text), got 12")
+    assert "give one of them" in refusal({"POWERQUANT_CALIBRATION": "a"}, {"calibration": "b"})
+
+
 def test_options_list_every_field():
     rows = list(options())
     assert {row.field: row.default for row in rows} == DEFAULTS
@@ -227,6 +238,7 @@ def test_module_prints_the_table():
     assert done.stdout == options_markdown() + "\n"
     assert len(done.stdout.splitlines()) == 2 + len(DEFAULTS)
     assert "| `sink_tokens` | `POWERQUANT_SINK_TOKENS` | 4 | 0 to residual_block_size |" in done.stdout
+    assert "| `calibration` | `POWERQUANT_CALIBRATION` | none | a file |" in done.stdout
 
 
 def test_import_reads_no_environment():

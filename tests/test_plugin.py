@@ -100,11 +100,14 @@ def test_cpu_platform_refuses_a_layer():
         select(plugin.backend_member(), 48)
 
 
-def serve(tmp_path, *arguments: str, **environ: str) -> tuple[int, str, list[str]]:
+LLAMA = GEMMA2 | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attn_logit_softcapping": None}
+
+
+def serve(tmp_path, *arguments: str, config: dict = GEMMA2, **environ: str) -> tuple[int, str, list[str]]:
     """Exit status and last line of the API server, and the command lines of the processes it started."""
     import psutil
 
-    (tmp_path / "config.json").write_text(json.dumps(GEMMA2))
+    (tmp_path / "config.json").write_text(json.dumps(config))
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path), "--skip-tokenizer-init"]
     log = tmp_path / "server.log"
     started = {}
@@ -157,4 +160,22 @@ def test_server_stops_on_sources_that_disagree(tmp_path):
     assert status == 1
     assert "PowerQuantConfigError: POWERQUANT_KEY_BITS is 2 but key_bits in --additional-config" in last_line
     assert last_line.endswith("is 3; give one of them")
+    assert engines(commands) == []
+
+
+@pytest.mark.slow
+def test_server_stops_on_another_models_calibration(tmp_path):
+    import torch
+
+    from vllm_powerquant.calibration import Calibration, ModelShape
+
+    path = tmp_path / "other.safetensors"
+    shape = ModelShape("llama", 2, 2, 128, 4, 256, 512, (10000.0,))
+    Calibration(torch.zeros(2, 2, 128), shape, "the-other-one", 1).save(path)
+    status, last_line, commands = serve(
+        tmp_path, "--attention-backend", "POWERQUANT", config=LLAMA, POWERQUANT_CALIBRATION=str(path)
+    )
+    assert status == 1
+    assert f"PowerQuantConfigError: {path} was calibrated on the-other-one, another model: " in last_line
+    assert "head_size 128, the model's 64; make one for this model" in last_line
     assert engines(commands) == []

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,21 +14,21 @@ from vllm_powerquant.attention.hf_cache import PowerQuantCache
 from vllm_powerquant.codebooks.tables import load_codebook
 from vllm_powerquant.errors import PowerQuantConfigError
 
-TEXTS = Path(__file__).parent.parent / "benchmarks" / "texts"
+PROSE = quality.read_texts()["prose"]
 
 
 def test_splits_share_no_token():
     ids = list(range(1000))
-    parts = [set(sum(quality.cut(ids, split, 100, 3), [])) for split in quality.SPLITS]
+    parts = [set(sum(quality.cut(ids, part, 100, 3), [])) for part in quality.SPLITS.values()]
     assert all(not a & b for i, a in enumerate(parts) for b in parts[:i])
-    assert [run[0] for run in quality.cut(ids, "report", 100, 3)] == [500, 700, 900]
+    assert [run[0] for run in quality.cut(ids, quality.SPLITS["report"], 100, 3)] == [500, 700, 900]
 
 
 def test_a_split_too_short_is_refused():
-    with pytest.raises(PowerQuantConfigError, match="has 250 tokens, 300 are wanted"):
-        quality.cut(list(range(1000)), "tune", 300, 1)
-    with pytest.raises(PowerQuantConfigError, match="calibrate, tune, report, got 'test'"):
-        quality.cut([], "test", 1, 1)
+    with pytest.raises(PowerQuantConfigError, match="a.txt has 250 tokens for this, 300 are wanted"):
+        quality.cut(list(range(1000)), quality.SPLITS["tune"], 300, 1, "a.txt")
+    with pytest.raises(PowerQuantConfigError, match="1 or more, of 1 token or more, got 0 of 3"):
+        quality.cut(list(range(1000)), (0, 1), 3, 0)
 
 
 def test_metrics_of_two_known_distributions():
@@ -81,8 +80,8 @@ def segment(model):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-    ids = tokenizer(quality.read_text(TEXTS / "prose.txt"))["input_ids"]
-    return quality.make_segment(model, "prose", quality.cut(ids, "tune", 417, 1)[0], 384)
+    ids = tokenizer(PROSE)["input_ids"]
+    return quality.make_segment(model, "prose", quality.cut(ids, quality.SPLITS["tune"], 417, 1)[0], 384)
 
 
 def cache_of(model, **options):
@@ -95,7 +94,7 @@ def test_a_needle_is_found_and_foreign_values_hide_it(model):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-    filler = tokenizer(quality.read_text(TEXTS / "prose.txt"))["input_ids"][12000:]
+    filler = tokenizer(PROSE)["input_ids"][12000:]
     needles = quality.make_needles(model, lambda text: tokenizer(text)["input_ids"], filler, 512)
     for needle in needles[::2]:
         hit, nll = quality.find_needle(model, needle, None)

@@ -55,15 +55,28 @@ class Between:
         return f"{self.low} to {self.high}"
 
 
-def _option(default: int, env: str, allowed: OneOf | Between, help: str) -> Any:
+@dataclass(frozen=True)
+class Text:
+    """Accepts any text; what it means is checked where it is used."""
+
+    what: str
+
+    def accepts(self, value: str, values: Mapping[str, int]) -> bool:
+        return True
+
+    def text(self, values: Mapping[str, int] | None = None) -> str:
+        return self.what
+
+
+def _option(default: int | str, env: str, allowed: OneOf | Between | Text, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"env": env, "allowed": allowed, "help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
 class PowerQuantConfig:
-    """Every option of the compressed KV cache; each is an integer, checked on construction.
+    """Every option of the compressed KV cache; each is an integer or text, checked on construction.
 
-    Raises: PowerQuantConfigError if a value is no int or outside what the option allows.
+    Raises: PowerQuantConfigError if a value is of the wrong type or outside what the option allows.
     """
 
     key_bits: int = _option(4, "POWERQUANT_KEY_BITS", OneOf((2, 3, 4, 8)), "bits of one key coordinate")
@@ -89,6 +102,12 @@ class PowerQuantConfig:
     protected_layers: int = _option(
         0, "POWERQUANT_PROTECTED_LAYERS", Between(0), "first N and last N layers kept in the model's own type"
     )
+    calibration: str = _option(
+        "",
+        "POWERQUANT_CALIBRATION",
+        Text("a file"),
+        "what `powerquant calibrate` wrote for this model: its mean keys are taken off before keys are packed",
+    )
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -100,8 +119,8 @@ class PowerQuantConfig:
 
         Args:
             environ: environment variables, e.g. `os.environ`; names without our prefix are ignored.
-            additional: the "powerquant" object of `--additional-config`, keyed by field name; values are JSON
-                integers (a quoted number is refused).
+            additional: the "powerquant" object of `--additional-config`, keyed by field name; numbers are JSON
+                integers (a quoted one is refused).
         Raises: PowerQuantConfigError for an unknown name, a bad value, or two sources that disagree.
         """
         if additional is None:
@@ -123,11 +142,12 @@ class PowerQuantConfig:
         for field, option in table.items():
             given = []
             if option.env in environ:
-                given.append((_parse(environ[option.env]), option.env))
+                text = environ[option.env]
+                given.append((_parse(text) if isinstance(option.default, int) else text, option.env))
             if field in additional:
                 given.append((additional[field], f"{field} in {ADDITIONAL_CONFIG}"))
             # a value of the wrong type is reported as such, not as a disagreement
-            wrong = [pair for pair in given if not _is_int(pair[0])]
+            wrong = [pair for pair in given if not _is_like(option.default, pair[0])]
             if len(given) == 2 and not wrong and given[0][0] != given[1][0]:
                 (env_value, env_name), (additional_value, additional_name) = given
                 raise PowerQuantConfigError(
@@ -137,7 +157,7 @@ class PowerQuantConfig:
         _check(values, names)
         return cls(**values)
 
-    def describe(self) -> list[tuple[str, int]]:
+    def describe(self) -> list[tuple[str, int | str]]:
         """(field, value) of every option in order, for a log line."""
         return [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
 
@@ -148,7 +168,7 @@ class Option:
 
     field: str
     env: str
-    default: int
+    default: int | str
     allowed: str
     help: str
 
@@ -168,7 +188,10 @@ def options() -> Iterator[Option]:
 def options_markdown() -> str:
     """The option table of the README."""
     rows = ["| Option | Environment variable | Default | Allowed | Meaning |", "|---|---|---|---|---|"]
-    rows += [f"| `{o.field}` | `{o.env}` | {o.default} | {o.allowed} | {o.help} |" for o in options()]
+    rows += [
+        f"| `{o.field}` | `{o.env}` | {'none' if o.default == '' else o.default} | {o.allowed} | {o.help} |"
+        for o in options()
+    ]
     return "\n".join(rows)
 
 
@@ -178,8 +201,9 @@ def _parse(text: str) -> int | str:
     return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_like(default: int | str, value: Any) -> bool:
+    """Whether a value has an option's type; true and false are no integers."""
+    return isinstance(value, type(default)) and not isinstance(value, bool)
 
 
 def _check(values: Mapping[str, Any], names: Mapping[str, str]) -> None:
@@ -188,9 +212,10 @@ def _check(values: Mapping[str, Any], names: Mapping[str, str]) -> None:
     # types first: a limit may be another option's value
     for field in fields:
         value = values[field.name]
-        if not _is_int(value):
+        if not _is_like(field.default, value):
             # the environment has only text, elsewhere a quoted number or true is a mistake of type
-            hint = "" if names[field.name] == field.metadata["env"] else " (an integer, without quotes)"
+            kind = "an integer, without quotes" if isinstance(field.default, int) else "text"
+            hint = "" if names[field.name] == field.metadata["env"] else f" ({kind})"
             raise PowerQuantConfigError(
                 f"{names[field.name]} must be {field.metadata['allowed'].text()}{hint}, got {value!r}"
             )

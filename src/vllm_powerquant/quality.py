@@ -20,6 +20,8 @@ from .attention.rotation import rotate
 from .codebooks.tables import Codebook
 from .errors import PowerQuantConfigError
 
+# what is calibrated, tuned and reported on: texts/README.md
+TEXTS = Path(__file__).parent / "texts"
 # parts of a text that nothing is carried across: fractions of its tokens
 SPLITS = {"calibrate": (0.0, 0.25), "tune": (0.25, 0.5), "report": (0.5, 1.0)}
 
@@ -58,17 +60,20 @@ class Segment:
         return len(self.continuation) - 1
 
 
-def cut(ids: Sequence[int], split: str, tokens: int, count: int) -> list[list[int]]:
-    """`count` runs of `tokens` ids from a split of a text, spread evenly over it; they overlap only if they must.
+def cut(ids: Sequence[int], part: tuple[float, float], tokens: int, count: int, name: str = "this text") -> list[list[int]]:
+    """`count` runs of `tokens` ids from a part of a text, spread evenly over it; they overlap only if they must.
 
-    Raises: PowerQuantConfigError if the split is unknown or too short for one run.
+    Args:   part: where it begins and ends, as fractions of the text: one of SPLITS
+    Raises: PowerQuantConfigError if the part is too short for one run, or none is asked for.
     """
-    if split not in SPLITS:
-        raise PowerQuantConfigError(f"split must be {', '.join(SPLITS)}, got {split!r}")
-    begin, end = (round(len(ids) * x) for x in SPLITS[split])
+    if tokens < 1 or count < 1:
+        raise PowerQuantConfigError(f"runs through a text must be 1 or more, of 1 token or more, got {count} of {tokens}")
+    begin, end = (round(len(ids) * x) for x in part)
     room = end - begin - tokens
     if room < 0:
-        raise PowerQuantConfigError(f"the {split} part of this text has {end - begin} tokens, {tokens} are wanted")
+        raise PowerQuantConfigError(
+            f"{name} has {end - begin} tokens for this, {tokens} are wanted; use a longer text or fewer tokens a run"
+        )
     starts = [begin + (room * i // (count - 1) if count > 1 else 0) for i in range(count)]
     return [list(ids[start : start + tokens]) for start in starts]
 
@@ -178,19 +183,6 @@ def find_needle(model: PreTrainedModel, needle: Needle, cache: Cache | None) -> 
     return bool((last.argmax(-1) == target).all()), float(-last.gather(1, target[:, None]).mean())
 
 
-@torch.inference_mode()
-def key_centres(model: PreTrainedModel, runs: Iterable[Sequence[int]]) -> list[torch.Tensor]:
-    """Each layer's mean key [num_kv_heads, head_size] fp32, as the cache sees keys (after RoPE), over texts of token ids."""
-    sums, tokens = None, 0
-    for ids in runs:
-        cache = DynamicCache()
-        model(torch.tensor(ids)[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        total = [layer.keys[0].double().sum(1) for layer in cache.layers]
-        sums = total if sums is None else [a + b for a, b in zip(sums, total, strict=True)]
-        tokens += len(ids)
-    return [(x / tokens).float() for x in sums]
-
-
 def compare(exact: torch.Tensor, got: torch.Tensor, targets: torch.Tensor) -> Metrics:
     """Args: exact, got [n, vocabulary] fp32 log-probabilities; targets [n] int64, the tokens that followed"""
     p = exact.exp()
@@ -244,5 +236,6 @@ def metric_names() -> list[str]:
     return [field.name for field in fields(Metrics)]
 
 
-def read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+def read_texts() -> dict[str, str]:
+    """The built-in texts by name."""
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(TEXTS.glob("*.txt"))}

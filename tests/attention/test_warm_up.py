@@ -10,8 +10,8 @@ import pytest
 
 @pytest.mark.parametrize(
     "shape",
-    ["128 32 8 256 1 1", "128 32 8 1024 1 1", "64 9 3 64 4 1", "128 32 8 8 4 0"],
-    ids=["256-requests", "1024-requests", "drafts", "all-packed"],
+    ["128 32 8 256 1 1 0", "128 32 8 1024 1 1 0", "64 9 3 64 4 1 0", "128 32 8 8 4 0 0", "128 32 8 8 4 1 1"],
+    ids=["256-requests", "1024-requests", "drafts", "all-packed", "calibrated"],
 )
 def test_warm_up_covers_every_batch(shape):
     script = Path(__file__).parent / "specialisations.py"

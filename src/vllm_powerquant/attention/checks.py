@@ -110,6 +110,10 @@ def check_engine(vllm_config) -> None:
     _check_model(vllm_config.model_config)
     check_head_size(vllm_config.model_config.get_head_size())
     _check_cache(vllm_config, config)
+    if config.calibration:
+        from ..calibration import load_calibration
+
+        load_calibration(config.calibration).check(vllm_config.model_config.hf_text_config, config.calibration)
     if current_platform.is_cpu():
         from .kernels.cpu_build import build
 
@@ -254,13 +258,14 @@ def _log_cache(model, config) -> None:
     packed = heads * ((layers - protected) * slot + protected * 2 * head_size * model.dtype.itemsize)
     bf16 = heads * layers * 2 * head_size * 2
     init_logger("vllm.powerquant").info(
-        "POWERQUANT: keys %d bits, values %d bits, last %d and first %d tokens of a request exact, %d protected layers; "
+        "POWERQUANT: keys %d bits, values %d bits, last %d and first %d tokens of a request exact, %d protected layers, %s; "
         "%d bytes a token, %.2f times less than bf16 (%d)",
         config.key_bits,
         config.value_bits,
         config.residual_tokens,
         config.sink_tokens,
         protected,
+        f"calibrated by {config.calibration}" if config.calibration else "not calibrated",
         packed,
         bf16 / packed,
         bf16,

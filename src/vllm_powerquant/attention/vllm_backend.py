@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
@@ -29,6 +30,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from ..calibration import load_calibration
 from ..config import PowerQuantConfig
 from ..errors import PowerQuantUnsupportedError
 from .cache_format import CacheFormat
@@ -279,6 +281,8 @@ class PowerQuantImpl(AttentionImpl):
                 self.kernels.warm_up_protected(act_dtype, self._vllm_config.cache_config.block_size)
             return
         layer.attn_backend = packed_backend(self.config)
+        if self.config.calibration:
+            self.key_centre = self._centre_of(index)
         keeps_exact = bool(self.config.residual_tokens or self.config.sink_tokens)
         if current_platform.is_cpu():
             self.kernels.workspace(self.num_kv_heads, self._vllm_config.model_config.dtype)
@@ -288,11 +292,20 @@ class PowerQuantImpl(AttentionImpl):
                 self._vllm_config.cache_config.block_size,
                 self.config.residual_block_size if keeps_exact else None,
                 (self.config.residual_tokens, self.config.sink_tokens),
+                self.key_centre,
             )
         if keeps_exact:
             self.exact_layer = ExactCache(
                 f"{name}.exact", ExactBackend, self.num_kv_heads, self.head_size, self.config, self._vllm_config
             )
+
+    def _centre_of(self, index: int) -> torch.Tensor:
+        """The mean keys of a layer's kv heads that this rank has."""
+        every = load_calibration(self.config.calibration).key_centres[index]
+        # vLLM gives each rank consecutive heads, or, where there are fewer heads than ranks, several ranks the same one
+        ranks = self._vllm_config.parallel_config.tensor_parallel_size
+        first = get_tensor_model_parallel_rank() * len(every) // ranks
+        return every[first : first + self.num_kv_heads].to("cpu" if current_platform.is_cpu() else self.kernels.device)
 
     def _exact_blocks(self) -> ExactBlocks | None:
         if self.exact_layer is None or not self.exact_layer.kv_cache.numel():

@@ -59,24 +59,32 @@ class GpuKernels:
         """The one object of a shape, for all its layers."""
         return GpuKernels(cache_format, num_heads, num_kv_heads, max_requests, device, dtype, max_row_queries)
 
-    def warm_up(self, workspace: Workspace, block_size: int, exact_block_size: int | None, exact: tuple[int, int]) -> None:
+    def warm_up(
+        self,
+        workspace: Workspace,
+        block_size: int,
+        exact_block_size: int | None,
+        exact: tuple[int, int],
+        key_centre: torch.Tensor | None = None,
+    ) -> None:
         """Compile what a step can ask for, once, so that nothing is compiled while requests wait.
 
         Args: block_size: tokens of a packed block; exact_block_size: of an exact one, None without; exact: residual_tokens
-              and sink_tokens
+              and sink_tokens; key_centre: any one, if layers have one
         """
         dtype, heads, d = workspace.keys.dtype, self.rows.num_kv_heads, self.format.head_size
-        if (dtype, block_size, exact_block_size, exact) in self._warm:
+        variant = (dtype, block_size, exact_block_size, exact, key_centre is not None)
+        if variant in self._warm:
             return
-        self._warm.add((dtype, block_size, exact_block_size, exact))
+        self._warm.add(variant)
         slot_bytes = self.format.layout.slot_bytes
         cache = torch.zeros(1, heads, block_size, slot_bytes, dtype=torch.uint8, device=self.device)
         blocks = None
         if exact_block_size is not None:
             rows = torch.zeros(1, heads, exact_block_size, 2 * d, dtype=dtype, device=self.device)
             blocks = ExactBlocks(rows, *exact)
-        self.rows.warm_up(dtype, cache, blocks)
-        self._warm_up_store(dtype, cache, blocks)
+        self.rows.warm_up(dtype, cache, blocks, key_centre)
+        self._warm_up_store(dtype, cache, blocks, key_centre)
         # a chunk by itself, one behind a block of context, and one behind more than the workspace holds
         for context in (0, block_size, workspace.num_pages * PAGE_TOKENS + block_size):
             n = self.max_row_queries + 1
@@ -91,7 +99,7 @@ class GpuKernels:
                 dtype=torch.int32,
                 device=self.device,
             )
-            self.attend(query, key, key, torch.empty_like(query), cache, step, table, d**-0.5, None, blocks, table)
+            self.attend(query, key, key, torch.empty_like(query), cache, step, table, d**-0.5, key_centre, blocks, table)
 
     def warm_up_protected(self, dtype: torch.dtype, block_size: int) -> None:
         """As warm_up, for protected layers, whose pages of block_size tokens are in the model's own type."""
@@ -100,17 +108,20 @@ class GpuKernels:
         self._warm.add((dtype, block_size))
         heads, d = self.rows.num_kv_heads, self.format.head_size
         rows = torch.zeros(1, heads, block_size, 2 * d, dtype=dtype, device=self.device)
-        self._warm_up_store(dtype, None, ExactBlocks(rows, 0, 0))
+        self._warm_up_store(dtype, None, ExactBlocks(rows, 0, 0), None)
         nothing = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
         clear_tails(rows.transpose(1, 2)[..., d:], nothing[0], nothing)
 
-    def _warm_up_store(self, dtype: torch.dtype, cache: torch.Tensor | None, exact: ExactBlocks | None) -> None:
+    def _warm_up_store(
+        self, dtype: torch.dtype, cache: torch.Tensor | None, exact: ExactBlocks | None, key_centre: torch.Tensor | None
+    ) -> None:
         """Few tokens and many, all of them padding."""
         heads = self.rows.num_kv_heads
         for tokens in (1, triton.cdiv(LARGE_BATCH, heads)):
             key = torch.zeros(tokens, heads, self.format.head_size, dtype=dtype, device=self.device)
             padding = torch.full((tokens,), -1, dtype=torch.int64, device=self.device)
-            self.store(cache, key, key, None if cache is None else padding, None, exact, padding if exact else None)
+            slots, exact_slots = (padding if x is not None else None for x in (cache, exact))
+            self.store(cache, key, key, slots, key_centre, exact, exact_slots)
 
     def store(
         self,

@@ -107,7 +107,9 @@ class PortableRows:
         )
         merge_splits(parts, lse, exact_out, exact_lse, self.matrix, out)
 
-    def warm_up(self, dtype: torch.dtype, cache: torch.Tensor, exact: ExactBlocks | None) -> None:
+    def warm_up(
+        self, dtype: torch.dtype, cache: torch.Tensor, exact: ExactBlocks | None, key_centre: torch.Tensor | None = None
+    ) -> None:
         """Compile every variant of the kernels that a step can ask for; arguments as for HopperRows.warm_up."""
         for queries in range(1, self.max_row_queries + 1):
-            warm_up_step(self, 1, queries, dtype, cache, exact)
+            warm_up_step(self, 1, queries, dtype, cache, exact, key_centre)

@@ -160,7 +160,9 @@ class HopperRows:
             plan.runs[key] = (tiles, cost, runs)
         return plan.runs[key]
 
-    def warm_up(self, dtype: torch.dtype, cache: torch.Tensor, exact: ExactBlocks | None) -> None:
+    def warm_up(
+        self, dtype: torch.dtype, cache: torch.Tensor, exact: ExactBlocks | None, key_centre: torch.Tensor | None = None
+    ) -> None:
         """Compile every variant of the kernels that a step can ask for, so that none is compiled while requests wait.
 
         Args: cache, exact: as in a step, of one block at least; nothing is read from them
@@ -172,4 +174,4 @@ class HopperRows:
                 segments = n * self.num_kv_heads * self._row_blocks(queries)
                 variants[queries, shape(runs, segments)] = n
         for (queries, _), n in variants.items():
-            warm_up_step(self, n, queries, dtype, cache, exact)
+            warm_up_step(self, n, queries, dtype, cache, exact, key_centre)

@@ -1,0 +1,97 @@
+"""Calibration files, and the command that makes them from a real model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from safetensors.torch import save_file
+from transformers import Gemma3TextConfig, LlamaConfig
+
+from vllm_powerquant import cli
+from vllm_powerquant.calibration import Calibration, ModelShape
+from vllm_powerquant.errors import PowerQuantConfigError
+from vllm_powerquant.model import prepare_model
+
+CONFIG = LlamaConfig(hidden_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=512)
+
+
+def calibration() -> Calibration:
+    return Calibration(torch.arange(3 * 2 * 64).float().reshape(3, 2, 64), ModelShape.of(CONFIG), "a model", 99)
+
+
+def test_shape_of_a_model():
+    theta = float(CONFIG.rope_parameters["rope_theta"])
+    assert ModelShape.of(CONFIG) == ModelShape("llama", 3, 2, 64, 4, 256, 512, (theta,))
+    assert len(ModelShape.of(Gemma3TextConfig()).rope_theta) == 2  # of sliding and of full layers
+
+
+def test_a_file_holds_what_was_saved(tmp_path):
+    calibration().save(tmp_path / "x.safetensors")
+    got = Calibration.load(tmp_path / "x.safetensors")
+    assert torch.equal(got.key_centres, calibration().key_centres)
+    assert (got.shape, got.model, got.tokens) == (ModelShape.of(CONFIG), "a model", 99)
+    got.check(CONFIG, "x")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"num_hidden_layers": 4}, "layers 3, the model's 4"),
+        ({"num_key_value_heads": 4}, "kv_heads 2, the model's 4"),
+        ({"head_dim": 128}, "head_size 64, the model's 128"),
+        ({"vocab_size": 513}, "vocabulary 512, the model's 513"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta (10000.0,), the model's (500000.0,)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_model_is_refused(change, words):
+    other = LlamaConfig(**CONFIG.to_diff_dict() | change)
+    with pytest.raises(PowerQuantConfigError) as caught:
+        calibration().check(other, "x.safetensors")
+    assert str(caught.value).startswith(f"x.safetensors was calibrated on a model, another model: {words}")
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(PowerQuantConfigError, match="no calibration file .*powerquant calibrate MODEL -o"):
+        Calibration.load(path)
+    path.write_text("nothing of the kind")
+    with pytest.raises(PowerQuantConfigError, match="is not a safetensors file"):
+        Calibration.load(path)
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(PowerQuantConfigError, match="no calibration that this version reads .*tensors weight"):
+        Calibration.load(path)
+    replace(calibration(), key_centres=torch.full((3, 2, 64), torch.nan)).save(path)
+    with pytest.raises(PowerQuantConfigError, match=r"should hold finite fp32 key centres \(3, 2, 64\)"):
+        Calibration.load(path)
+
+
+@pytest.mark.slow
+def test_calibrate_writes_the_mean_keys_of_a_model(tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = tmp_path / "text.txt"
+    text.write_text("Keys of one head lie around a common mean. " * 12)
+    out = tmp_path / "x.safetensors"
+    assert cli.main(["calibrate", "-o", str(out), "--text", str(text), "--tokens", "100", "--runs", "1"]) == 0
+    assert f"serve with POWERQUANT_CALIBRATION={out}" in capsys.readouterr().out
+    folder = prepare_model()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ids = AutoTokenizer.from_pretrained(folder)(text.read_text(), return_tensors="pt")["input_ids"][:, :100]
+    with torch.inference_mode():
+        keys = model(ids, use_cache=True).past_key_values.layers[7].keys
+    got = Calibration.load(out)
+    got.check(model.config, out)
+    assert got.tokens == 100
+    torch.testing.assert_close(got.key_centres[7], keys[0].float().mean(1), rtol=1e-3, atol=1e-3)
+
+
+def test_a_short_text_is_refused_by_name(tmp_path, capsys):
+    text = tmp_path / "short.txt"
+    text.write_text("Too little.")
+    assert cli.main(["calibrate", "-o", str(tmp_path / "x"), "--text", str(text)]) == 1
+    assert "powerquant: short.txt has 3 tokens for this, 1024 are wanted" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
