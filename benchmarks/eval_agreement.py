@@ -52,7 +52,12 @@ def main() -> None:
     parser.add_argument("--graphs", action="store_true", help="decode steps as CUDA graphs instead of eager")
     parser.add_argument("--at-once", type=int, default=1, help="engines that run beside one another")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep each configuration's log-probabilities here")
-    parser.add_argument("--reference", type=Path, metavar="FOLDER", help="what --save kept elsewhere; of its texts")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="FOLDER",
+        help="what --save kept elsewhere; its texts, prompts and positions are used",
+    )
     args = parser.parse_args()
     import torch
     import vllm

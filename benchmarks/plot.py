@@ -108,7 +108,8 @@ def decode_bandwidth(rows: list[Row]):
 
 
 def serving_tokens(rows: list[Row]):
-    """Tokens/s of decode-only steps against batch, at the longest context served; the last point is the full memory."""
+    """Tokens/s of decode-only steps against batch, at the longest context served without torch.compile; the last point is
+    the full memory."""
     found = [(match, row) for row in rows if drawn(row) and (match := SERVED.fullmatch(row.case)) and row.unit == "tokens/s"]
     found = [(match, row) for match, row in found if row.bench == "serving"]
     if not found:
@@ -118,7 +119,7 @@ def serving_tokens(rows: list[Row]):
     for match, row in found:
         if int(match[1]) == context:
             series[row.provider].append((int(match[2]), row.q50, match[3]))
-    figure, axis = pyplot.subplots(figsize=(6.5, 4.2), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(7.5, 4.2), layout="constrained")
     for name in (name for name in STYLES if series[name]):
         text, colour, marker = STYLES[name]
         points = sorted(series[name])
@@ -137,7 +138,7 @@ def serving_tokens(rows: list[Row]):
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="upper left")
     used = [row for match, row in found if int(match[1]) == context]
-    title = f"Decode steps in vLLM, Qwen3-8B's shape, {tokens(context)} contexts"
+    title = f"Decode steps in vLLM without torch.compile, Qwen3-8B's shape, {tokens(context)} contexts"
     figure.suptitle(f"{title}\n{caption(used)}", fontsize=11)
     return figure
 

@@ -216,9 +216,9 @@ def test_long_context_beside_short_ones(hopper):
 @pytest.mark.gpu
 @pytest.mark.parametrize("hopper", KERNELS)
 @pytest.mark.parametrize("head_size", [64, 128, 256])
-@pytest.mark.parametrize("requests", [10, 20, 40, 70])
+@pytest.mark.parametrize("requests", [5, 20, 70, 150])
 def test_many_requests(requests, head_size, hopper):
-    """80 to 560 (request, kv head) pairs: every number of warps and rows that merge_hopper.py's programs have."""
+    """40 to 1,200 (request, kv head) pairs: every number of warps and rows that merge_hopper.py's programs have."""
     contexts = [300 + r for r in range(requests)]
     batch = filled(Batch(CacheFormat(head_size), contexts, [1] * requests, 8, 4, torch.bfloat16))
     assert relative_rms(attended(batch, hopper), expected(batch)) < LIMIT[torch.bfloat16]

@@ -137,8 +137,8 @@ def test_a_long_context_with_exact_blocks(multiprocessors, device, landing):
 
 @pytest.mark.parametrize("requests", [1, 2, 3, 5, 9, 17])
 def test_numbers_of_requests(requests, device):
-    """2 to 34 segments of 1 to 16 runs: every number of warps and rows that a program of the merge has."""
-    device.multiprocessors = 2
+    """2 to 34 segments of 1 to 18 runs: every number of warps and rows that a program of the merge has."""
+    device.multiprocessors = 3
     check(Batch(CacheFormat(128), [300 + r for r in range(requests)], [1] * requests, 2, 4, torch.bfloat16))
 
 

@@ -7,8 +7,9 @@ gpu_kernels.py. What a page holds is layout.py's; the numbers here are its 64-to
   exact tokens (exact_hopper.py), then those of packed ones, each `tiles + SEGMENT_COST` long, and cut into equal runs, one a
   program (stream-K), so ragged batches have no tail. A segment within one run leaves one partial, a segment cut by run
   borders one in each run.
-- Eight query rows are one warp's work, sixteen that of two, which share what is unpacked: each computes the scores of half
-  the tokens and the outputs of half the channels, so the weights of a tile pass through shared memory.
+- Eight query rows are one warp's work, sixteen that of two (if unpack_hopper.max_warps allows it), which share what is
+  unpacked: each computes the scores of half the tokens and the outputs of half the channels, so the weights of a tile pass
+  through shared memory.
 - Queries are rotated by the program that needs them, while its first tile is on its way (queries_hopper.py).
 - Scores   S[16, 64] = Q[16, D] K[D, 64] by mma.sync m16n8k32 in s8: of each 16 rows the first 8 hold the high bytes of a
   16-bit fixed-point q of 8 rows, the others its low bytes, so that 256 hi + lo joins them in the lane that holds both.
@@ -48,6 +49,7 @@ from .unpack_hopper import (
     key_width,
     load_keys,
     load_values,
+    max_warps,
     top_field_sums,
     value_asm,
 )
@@ -499,18 +501,18 @@ _SM_WARPS = {(64, 1, 1): 16, (128, 1, 1): 12, (256, 1, 1): 8, (64, 2, 2): 12, (1
 _SM_REGISTERS = 65536
 _SM_SHARED_BYTES = 228 * 1024
 _PROGRAM_SHARED_BYTES = 1024  # that a program takes beside what it asks for
+_SCRATCH_BYTES = 512  # that Triton asks for beside what the kernel does
 
 
 @functools.cache
 def tuning(cache_format: CacheFormat, row_sets: int) -> Tuning:
     """As many programs an SM as _SM_WARPS says, or as find room for their tiles."""
     head_size, tile = cache_format.head_size, cache_format.layout.sub_page_bytes
-    # each warp multiplies some blocks of 8 channels of every field of value bytes
-    fields = {2: 4, 3: 8, 4: 2, 8: 1}[cache_format.value_bits]
-    warps = min(row_sets, head_size // fields // 8)
+    warps = min(row_sets, max_warps(head_size, cache_format.value_bits))
     wanted = _SM_WARPS[head_size, row_sets, warps] // warps
-    # beside tiles: what warps exchange, and queries that a tile's keys have no room for
-    own = _PROGRAM_SHARED_BYTES + (warps > 1) * (1024 * row_sets + 128 * warps + 256) + (row_sets > 1) * 32 * head_size
+    # beside tiles: what warps exchange (p_smem, top_smem), queries that a tile's keys have no room for (q_smem)
+    exchanged = (warps > 1) * (1024 * row_sets + 128 * warps) + (row_sets > 1) * 32 * head_size
+    own = _PROGRAM_SHARED_BYTES + _SCRATCH_BYTES + exchanged
     programs = min(wanted, _SM_SHARED_BYTES // (2 * tile + own))
     even = 4 // warps
     programs = programs // even * even if programs >= 2 * even else programs

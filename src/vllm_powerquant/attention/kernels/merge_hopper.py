@@ -167,7 +167,7 @@ def _merge_kernel(
     gl.store(to[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=real[:, None])
 
 
-def shape(num_runs: int, num_segments: int) -> tuple[int, int]:
+def launch_shape(num_runs: int, num_segments: int) -> tuple[int, int]:
     """(warps, rows) of a program, by how many runs a segment spans (H200, 2026-11-26)."""
     runs = num_runs // num_segments
     if runs < 2:
@@ -195,7 +195,7 @@ def merge_runs(
     """
     num_requests, num_heads, head_size = tiles.shape[0] // 2, out.shape[1], out.shape[2]
     num_rows = num_requests * max_query_len * num_heads
-    warps, rows = shape(num_runs, num_requests * num_kv_heads * row_blocks)
+    warps, rows = launch_shape(num_runs, num_requests * num_kv_heads * row_blocks)
     in_flight = 2 if rows == 4 else (4 if warps > 1 else 8)  # partials a warp
     parts_at_once = warps * max(1, in_flight * 128 // max(head_size, 128))
     lanes = 32 // rows

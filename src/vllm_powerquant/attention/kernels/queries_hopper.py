@@ -7,6 +7,9 @@ from triton.experimental.gluon import language as gl
 
 from .hadamard_hopper import butterflies
 
+# lanes that share a row
+_LANE_BITS = gl.constexpr(2)
+_LANES = gl.constexpr(4)
 _MAX = gl.constexpr(32512.0)  # of the fixed point: its high byte stays within +-127
 # added to a number below 2^15, this leaves it as fixed point, plus 128, in the low 16 bits
 _ROUND = gl.constexpr(12582912.0 + 128.0)
@@ -30,7 +33,7 @@ def load_queries(
     Returns: queries [ROWS, D], zero in rows past the last; signs [D]
     """
     # a lane holds consecutive channels of a row
-    L: gl.constexpr = gl.BlockedLayout([1, D // 4], [8, 4], [gl.num_warps(), 1], [1, 0])
+    L: gl.constexpr = gl.BlockedLayout([1, D // _LANES], [32 // _LANES, _LANES], [gl.num_warps(), 1], [1, 0])
     j = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
     d = gl.arange(0, D, layout=gl.SliceLayout(0, L))
     in_chunk = j // GROUP
@@ -49,7 +52,7 @@ def rotated_queries(q, signs, unit):
     Args: unit: softmax scale * log2(e) * codebook step
     """
     L: gl.constexpr = q.type.layout
-    LANE_BITS: gl.constexpr = 2
+    LANE_BITS: gl.constexpr = _LANE_BITS
     REG_BITS: gl.constexpr = q.shape[1].bit_length() - 1 - LANE_BITS
     x = q.to(gl.float32) * signs[None, :]
     # channel bits in registers first, then those that were spread over lanes

@@ -11,7 +11,7 @@ from ..cache_format import CacheFormat
 from . import decode_hopper
 from .common import LOG2_E
 from .cpu_kernels import ExactBlocks
-from .merge_hopper import merge_runs, shape
+from .merge_hopper import launch_shape, merge_runs
 from .plan import RUN_FIELDS, plan_runs
 from .step import StepPlan, warm_up_step
 
@@ -165,13 +165,13 @@ class HopperRows:
     ) -> None:
         """Compile every variant of the kernels that a step can ask for, so that none is compiled while requests wait.
 
-        Args: cache, exact: as in a step, of one block at least; nothing is read from them
+        Args: cache, exact, key_centre: as in a step, of one block at least; nothing is read from them
         """
         variants = {}
         for queries in {1, self.max_row_queries}:
             runs = decode_hopper.num_runs(self.format, self._row_sets(queries), self.device)
             for n in range(1, self.max_requests + 1):
                 segments = n * self.num_kv_heads * self._row_blocks(queries)
-                variants[queries, shape(runs, segments)] = n
+                variants[queries, launch_shape(runs, segments)] = n
         for (queries, _), n in variants.items():
             warm_up_step(self, n, queries, dtype, cache, exact, key_centre)

@@ -228,9 +228,7 @@ def _store_tile(tile, to_ptr, mask):
 
 
 @gluon.jit
-def _load_tile(
-    tile, centre_ptr, HEAD_SIZE: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr, COLUMN: gl.constexpr
-):  # fmt: skip
+def _load_tile(tile, centre_ptr, HEAD_SIZE: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr, COLUMN: gl.constexpr):
     """_load_vectors from what _copy_tile returns, without a copy."""
     TOKENS: gl.constexpr = tile.shape[0]
     WIDTH: gl.constexpr = LANES * GROUP
@@ -518,10 +516,11 @@ def store_nvidia(
     """store.store after its checks."""
     num_kv_heads = key.shape[1]
     lanes, group, tiled, warps, maxnreg = launch_shape(cache_format, num_tokens * num_kv_heads >= LARGE_BATCH)
-    # a tile is full, its offsets fit 32 bits, and its rows are copied 16 bytes at a time
-    strides = (*key.stride()[:2], *value.stride()[:2])
-    odd = any(stride % 16 for stride in strides) or key.data_ptr() % 16 or value.data_ptr() % 16
-    if tiled and (num_tokens < warps * 32 // lanes or max(strides) >= 2**26 or odd):
+    # A tile is full, its offsets fit 32 bits, and its rows are copied 16 bytes at a time. Of a number Triton knows only
+    # whether 16 divides it, so the strides, which count elements, must be multiples of that.
+    tokens = warps * 32 // lanes
+    odd = any(x.data_ptr() % 16 or x.stride(0) % 16 or x.stride(1) % 16 for x in (key, value))
+    if tiled and (num_tokens < tokens or tokens * max(key.stride(0), value.stride(0)) >= 2**31 or odd):
         lanes, group, tiled, warps, maxnreg = launch_shape(cache_format, False)
     key_ptx, value_ptx, magnitudes = _ptx(cache_format)
     _store_kernel[(num_kv_heads, triton.cdiv(num_tokens, warps * 32 // lanes), 1 if tiled else 2)](

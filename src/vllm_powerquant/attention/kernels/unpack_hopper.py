@@ -155,6 +155,12 @@ def key_parts(head_size: int, bits: int) -> int:
     return max(1, min(4, head_size * bits // 128, head_size // 32))
 
 
+def max_warps(head_size: int, value_bits: int) -> int:
+    """Warps that can share out load_values' columns: each has some blocks of 8 of those that a load brings."""
+    loaded_together = {2: head_size // 4, 3: head_size // 8, 4: head_size // 2, 8: head_size}[value_bits]
+    return loaded_together // 8
+
+
 def key_channel_dims(head_size: int, bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(shape, axes): channels [0, head_size) reshaped and permuted are in the order in which the kernel multiplies them."""
     parts = key_parts(head_size, bits)
