@@ -11,7 +11,7 @@ over texts and rotation seeds with its 95 % confidence interval.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import harness
 import quality_models
@@ -21,20 +21,23 @@ from tqdm import tqdm
 from vllm_powerquant import quality
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.hf_cache import PowerQuantCache
-from vllm_powerquant.calibration import key_centres
+from vllm_powerquant.calibration import KeyStatistics, key_statistics
 from vllm_powerquant.codebooks.tables import load_codebook
 
 CONFIGURATIONS = {
     "K8/V8": {"key_bits": 8, "value_bits": 8},
     "K4/V4": {"value_bits": 4},
+    "K4/V4, calibrated keys": {"value_bits": 4, "calibrated": True},
     "K4/V3": {"value_bits": 3},
     "K4/V2": {},
     "K4/V2, centred keys": {"centred": True},
+    "K4/V2, calibrated keys": {"calibrated": True},
     "K4/V2, 2 + 2 layers protected": {"protected_layers": 2},
     "K4/V2, no sinks": {"sink_tokens": 0},
     "K4/V2, nothing exact": {"residual_tokens": 0, "sink_tokens": 0},
     "K3/V2": {"key_bits": 3},
     "K3/V2, centred keys": {"key_bits": 3, "centred": True},
+    "K3/V2, calibrated keys": {"key_bits": 3, "calibrated": True},
 }
 
 
@@ -89,11 +92,11 @@ def main() -> None:
     ids = {name: loaded.ids(text) for name, text in quality.read_texts().items()}
     where = harness.environment(args.commit)
     where = {"torch": where["torch"], "transformers": transformers.__version__} | {k: where[k] for k in ("commit", "date")}
-    centres = None
-    if any("centred" in CONFIGURATIONS[name] for name in args.only):
+    keys = None
+    if any("keys" in name for name in args.only):
         runs = [quality.cut(x, quality.SPLITS["calibrate"], 1024, 2) for x in ids.values()]
         runs = [[*loaded.prefix, *run] for of_text in runs for run in of_text]
-        centres = key_centres(model, tqdm(runs, "centres", leave=False))
+        keys = key_statistics(model, tqdm(runs, "calibrating", leave=False))
     print(f"{args.model}, {where}")
     for tokens in args.tokens:
         segments = []
@@ -110,13 +113,13 @@ def main() -> None:
         )
         print(f"{'':32}{'KL, nats':>19}{'top-1, %':>15}{'TV':>17}{'perplexity':>19}{'bytes held':>12}")
         for name in args.only:
-            rows = measure(model, segments, tokens, name, centres, args, where)
+            rows = measure(model, segments, tokens, name, keys, args, where)
             harness.append_rows(args.out, [row for of_text in rows for row in of_text])
             print_line(name, rows)
     if args.distortion:
         distortions(loaded, ids)
     for tokens in args.needle:
-        needles(loaded, ids["prose"][round(len(ids["prose"]) * quality.SPLITS["report"][0]) :], tokens, centres, args)
+        needles(loaded, ids["prose"][round(len(ids["prose"]) * quality.SPLITS["report"][0]) :], tokens, keys, args)
 
 
 def distortions(loaded, ids: dict[str, list[int]]) -> None:
@@ -135,34 +138,36 @@ def distortions(loaded, ids: dict[str, list[int]]) -> None:
         print(f"{bits} bits, {kind:16}" + "".join(f"{x:10.5f}" for x in (*errors, book.mse, 4.0**-bits)), flush=True)
 
 
-def needles(loaded, filler: list[int], tokens: int, centres, args: argparse.Namespace) -> None:
+def needles(loaded, filler: list[int], tokens: int, keys, args: argparse.Namespace) -> None:
     """How many of five facts each configuration finds, with the answers' mean negative log-likelihood."""
     hidden = quality.make_needles(loaded.model, loaded.ids, filler, tokens, loaded.prefix)
     print(f"\nfacts at depths {', '.join(map(str, quality.NEEDLE_DEPTHS))} of {tokens} tokens: found, nats an answer token")
     for name in ("uncompressed", *args.only):
         answers = []
         for needle in tqdm(hidden, name, leave=False):
-            cache = None if name == "uncompressed" else make_cache(loaded.model, name, centres, 0)
+            cache = None if name == "uncompressed" else make_cache(loaded.model, name, keys, 0)
             answers.append(quality.find_needle(loaded.model, needle, cache))
         found, nll = sum(hit for hit, _ in answers), sum(x for _, x in answers) / len(answers)
         print(f"{name:32}{found} of {len(answers)}, {nll:.2f}", flush=True)
 
 
-def make_cache(model, name: str, centres, seed: int) -> PowerQuantCache:
+def make_cache(model, name: str, keys: KeyStatistics | None, seed: int) -> PowerQuantCache:
     options = dict(CONFIGURATIONS[name])
+    if options.pop("calibrated", False):
+        options["key_frames"] = keys.frames()
     if options.pop("centred", False):
-        options["key_centres"] = centres
+        options["key_frames"] = replace(keys, scales=torch.ones_like(keys.scales)).frames()
     return PowerQuantCache(model.config.num_hidden_layers, model.config.head_dim, seed=seed, **options)
 
 
-def measure(model, segments, tokens: int, name: str, centres, args, where: dict) -> list[list[Row]]:
+def measure(model, segments, tokens: int, name: str, keys, args, where: dict) -> list[list[Row]]:
     """Rows [texts][seeds] of a configuration."""
     progress = tqdm(total=len(segments) * args.seeds, desc=name, leave=False)
     rows = []
     for segment in segments:
         rows.append([])
         for seed in range(args.seeds):
-            cache = make_cache(model, name, centres, seed)
+            cache = make_cache(model, name, keys, seed)
             metrics = quality.measure(model, segment, lambda cache=cache: cache, args.chunk)
             exact = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) * 2
             shape = (args.model, segment.name, args.split, tokens, segment.positions, name, seed)

@@ -48,7 +48,7 @@ class Checker:
 
         CpuKernels.attend = checked
 
-    def check(self, kernels, query, key, value, out, cache, plan, table, scale, centre=None, exact=None, exact_table=None):
+    def check(self, kernels, query, key, value, out, cache, plan, table, scale, frame=None, exact=None, exact_table=None):
         from vllm_powerquant.attention import reference
 
         number = self._seen.setdefault(id(kernels), len(self._seen))
@@ -69,7 +69,7 @@ class Checker:
         n = len(rows)
         again = torch.empty(-(-n // 64), cache.shape[1], 64, cache.shape[3], dtype=torch.uint8)
         where = torch.arange(n)
-        kernels.store(again, rows[..., :d], rows[..., d:], where, centre)
+        kernels.store(again, rows[..., :d], rows[..., d:], where, frame)
         layout = kernels.format.layout
         packed = reference._storage_bytes(cache)[layout.slot_addresses(slots, cache)]
         fresh = reference._storage_bytes(again)[layout.slot_addresses(where, again)]

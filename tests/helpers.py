@@ -74,7 +74,15 @@ class Batch:
         return BatchPlan.of(torch.tensor([0, *self.queries]).cumsum(0), torch.tensor([len(x) for x in self.keys]))
 
 
-def expected(batch: Batch, exact: ExactBlocks | None = None, centre: torch.Tensor | None = None) -> torch.Tensor:
+def key_frame(num_kv_heads: int, head_size: int, seed: int = 3) -> torch.Tensor:
+    """A frame [num_kv_heads, 3, head_size] whose every part shows: reference.in_frame."""
+    g = torch.Generator().manual_seed(seed)
+    centre = 2 * torch.randn(num_kv_heads, head_size, generator=g)
+    scale = torch.randint(-1, 2, (num_kv_heads, head_size), generator=g).float().exp2()
+    return torch.stack((centre, scale, 1 / scale), 1)
+
+
+def expected(batch: Batch, exact: ExactBlocks | None = None, frame: torch.Tensor | None = None) -> torch.Tensor:
     """Each request's chunk by reference.attend in float64: [sum(queries), num_heads, head_size]."""
     out, start = [], 0
     for r, (context, queries) in enumerate(zip(batch.contexts, batch.queries, strict=True)):
@@ -88,7 +96,7 @@ def expected(batch: Batch, exact: ExactBlocks | None = None, centre: torch.Tenso
                 batch.block_table[r],
                 context,
                 batch.format.head_size**-0.5,
-                centre,
+                frame,
                 exact.cache if exact else None,
                 batch.exact_table[r] if exact else None,
                 exact.residual_tokens if exact else 0,

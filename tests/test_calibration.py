@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import Gemma3TextConfig, LlamaConfig
 
 from vllm_powerquant import cli
-from vllm_powerquant.calibration import Calibration, ModelShape
+from vllm_powerquant.calibration import Calibration, KeyStatistics, ModelShape, key_statistics
 from vllm_powerquant.errors import PowerQuantConfigError
 from vllm_powerquant.model import prepare_model
 
@@ -19,7 +19,8 @@ CONFIG = LlamaConfig(hidden_size=256, num_hidden_layers=3, num_attention_heads=4
 
 
 def calibration() -> Calibration:
-    return Calibration(torch.arange(3 * 2 * 64).float().reshape(3, 2, 64), ModelShape.of(CONFIG), "a model", 99)
+    centres = torch.arange(3 * 2 * 64).float().reshape(3, 2, 64)
+    return Calibration(KeyStatistics(centres, (centres % 3 - 1).exp2()), ModelShape.of(CONFIG), "a model", 99)
 
 
 def test_shape_of_a_model():
@@ -31,7 +32,10 @@ def test_shape_of_a_model():
 def test_a_file_holds_what_was_saved(tmp_path):
     calibration().save(tmp_path / "x.safetensors")
     got = Calibration.load(tmp_path / "x.safetensors")
-    assert torch.equal(got.key_centres, calibration().key_centres)
+    frames = got.keys.frames()
+    assert torch.equal(frames[:, :, 0], calibration().keys.centres)
+    assert torch.equal(frames[:, :, 1], calibration().keys.scales)
+    assert torch.equal(frames[:, :, 2] * frames[:, :, 1], torch.ones(3, 2, 64))
     assert (got.shape, got.model, got.tokens) == (ModelShape.of(CONFIG), "a model", 99)
     got.check(CONFIG, "x")
 
@@ -64,13 +68,17 @@ def test_other_files_are_refused(tmp_path):
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(PowerQuantConfigError, match="no calibration that this version reads .*tensors weight"):
         Calibration.load(path)
-    replace(calibration(), key_centres=torch.full((3, 2, 64), torch.nan)).save(path)
-    with pytest.raises(PowerQuantConfigError, match=r"should hold finite fp32 key centres \(3, 2, 64\)"):
+    keys = calibration().keys
+    replace(calibration(), keys=replace(keys, centres=torch.full((3, 2, 64), torch.nan))).save(path)
+    with pytest.raises(PowerQuantConfigError, match=r"should hold finite fp32 key_centres \(3, 2, 64\)"):
+        Calibration.load(path)
+    replace(calibration(), keys=replace(keys, scales=keys.scales * 0.75)).save(path)
+    with pytest.raises(PowerQuantConfigError, match="key_scales of .* powers of two from 1/16 to 16"):
         Calibration.load(path)
 
 
 @pytest.mark.slow
-def test_calibrate_writes_the_mean_keys_of_a_model(tmp_path, capsys):
+def test_calibrate_writes_a_models_statistics(tmp_path, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     text = tmp_path / "text.txt"
@@ -86,7 +94,28 @@ def test_calibrate_writes_the_mean_keys_of_a_model(tmp_path, capsys):
     got = Calibration.load(out)
     got.check(model.config, out)
     assert got.tokens == 100
-    torch.testing.assert_close(got.key_centres[7], keys[0].float().mean(1), rtol=1e-3, atol=1e-3)
+    # the first four are sinks
+    torch.testing.assert_close(got.keys.centres[7], keys[0, :, 4:].float().mean(1), rtol=1e-3, atol=1e-3)
+
+
+def test_scales_balance_queries_and_keys():
+    """Keys of a channel eight times as large, its queries an eighth: a scale an eighth, as far as chance goes."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(CONFIG).eval()
+    runs = [torch.randint(0, 512, (200,)).tolist() for _ in range(2)]
+    before = key_statistics(model, runs).scales
+    assert model.config._attn_implementation == "sdpa"
+    for name, factor in (("k_proj", 8.0), ("q_proj", 1 / 8)):
+        weight = getattr(model.model.layers[1].self_attn, name).weight
+        # a rotary pair of every head
+        weight.data.view(-1, 64, 256)[:, [5, 37]] *= factor
+    after = key_statistics(model, runs).scales
+    others = [i for i in range(64) if i not in (5, 37)]
+    assert torch.equal(after[0], before[0])
+    ratio = (after[1] / before[1]).log2()
+    assert (ratio[:, [5, 37]].mean(1) - ratio[:, others].mean(1)).sub(-3).abs().max() < 0.5
 
 
 def test_a_short_text_is_refused_by_name(tmp_path, capsys):

@@ -21,7 +21,7 @@ sys.path.insert(0, str(BENCHMARKS))
 from eval_agreement import compare  # noqa: E402
 from forced import run  # noqa: E402
 
-from vllm_powerquant.calibration import Calibration, ModelShape  # noqa: E402
+from vllm_powerquant.calibration import Calibration, KeyStatistics, ModelShape  # noqa: E402
 from vllm_powerquant.model import prepare_model  # noqa: E402
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -73,13 +73,14 @@ def test_defaults_are_close_and_hits_equal_stock(job, stock):
         assert kl.mean() < 0.05, (number, kl)
 
 
-def test_centres_cancel_out(job, stock, tmp_path):
-    """Any centre leaves the answers as they are, window, sinks, the step's own keys and packed ones side by side."""
+def test_frames_cancel_out(job, stock, tmp_path):
+    """Any frame leaves the answers as they are, window, sinks, the step's own keys and packed ones side by side."""
     from transformers import AutoConfig
 
     shape = ModelShape.of(AutoConfig.from_pretrained(job["model"]))
-    centres = torch.randn(shape.layers, shape.kv_heads, shape.head_size, generator=torch.Generator().manual_seed(1)) * 3
-    Calibration(centres, shape, "random numbers", 0).save(tmp_path / "random.safetensors")
+    size, g = (shape.layers, shape.kv_heads, shape.head_size), torch.Generator().manual_seed(1)
+    keys = KeyStatistics(3 * torch.randn(size, generator=g), torch.randint(-1, 2, size, generator=g).float().exp2())
+    Calibration(keys, shape, "random numbers", 0).save(tmp_path / "random.safetensors")
     names = {"KEY_BITS": "8", "VALUE_BITS": "8", "CALIBRATION": str(tmp_path / "random.safetensors")}
     got = run({**job, "backend": "POWERQUANT", "environment": {f"POWERQUANT_{k}": v for k, v in names.items()}})
     agreement, kl = compare(stock["logprobs"][0], got["logprobs"][0])

@@ -1,7 +1,11 @@
 """What is measured of a model before it is served: `powerquant calibrate` writes it, the caches read it.
 
-Softmax does not see a constant added to every key of a head. Taking off the mean key of each head (its centre) before keys
-are packed leaves less to round, and costs nothing when they are read.
+Softmax does not see a constant added to every key of a head, and a score q.k stays the same if a channel of the keys is
+multiplied by what that channel of the queries is divided by. So keys are packed as (k - centre) * scale. Without their mean
+less is left to round; and scales put the codec's error, which a random rotation spreads over all channels alike, where
+queries are small. The error of q.k is proportional to sum(E[q_i^2] / scale_i^2) * sum(Var[k_i] scale_i^2) over channels i,
+and least for scale_i^4 = E[q_i^2] / Var[k_i] (Cauchy and Schwarz). Scales are powers of two, which change no bit of a 16-bit
+key or query but its exponent.
 """
 
 from __future__ import annotations
@@ -21,6 +25,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 FORMAT = "vllm-powerquant calibration 1"
+# first tokens of a run that are left out: by default they are kept exactly, and their keys lie elsewhere
+SINKS = 4
+# so that 16-bit keys and queries stay in range
+MAX_SCALE = 16.0
 
 
 @dataclass(frozen=True)
@@ -61,10 +69,24 @@ def _rope_thetas(parameters: dict[str, Any]) -> Iterable[float]:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """key_centres [layers, kv_heads, head_size] fp32: mean keys, as a cache sees them (after RoPE)."""
+class KeyStatistics:
+    """Of every layer and head [layers, kv_heads, head_size] fp32, as a cache sees keys (after RoPE).
 
-    key_centres: torch.Tensor
+    centres: mean keys. scales: what each channel is multiplied by before keys are packed, powers of two within 1 / MAX_SCALE
+    .. MAX_SCALE.
+    """
+
+    centres: torch.Tensor
+    scales: torch.Tensor
+
+    def frames(self) -> torch.Tensor:
+        """[layers, kv_heads, 3, head_size] fp32: what reference.in_frame and the kernels take of each layer."""
+        return torch.stack((self.centres, self.scales, 1 / self.scales), 2)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    keys: KeyStatistics
     shape: ModelShape
     model: str  # name or path of what was calibrated
     tokens: int  # of text it was calibrated on
@@ -73,7 +95,8 @@ class Calibration:
         from safetensors.torch import save_file
 
         about = {"shape": asdict(self.shape), "model": self.model, "tokens": self.tokens}
-        save_file({"key_centres": self.key_centres.contiguous()}, path, {"format": FORMAT, "about": json.dumps(about)})
+        tensors = {"key_centres": self.keys.centres.contiguous(), "key_scales": self.keys.scales.contiguous()}
+        save_file(tensors, path, {"format": FORMAT, "about": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -88,20 +111,25 @@ class Calibration:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise PowerQuantConfigError(f"{path} is not a safetensors file ({error})") from None
-        if metadata.get("format") != FORMAT or set(tensors) != {"key_centres"}:
+        if metadata.get("format") != FORMAT or set(tensors) != {"key_centres", "key_scales"}:
             raise PowerQuantConfigError(
                 f"{path} is no calibration that this version reads (format {metadata.get('format')!r}, tensors "
                 f"{', '.join(sorted(tensors)) or 'none'}); make one with `powerquant calibrate`"
             )
         about = json.loads(metadata["about"])
         shape = ModelShape(**about["shape"] | {"rope_theta": tuple(about["shape"]["rope_theta"])})
-        centres = tensors["key_centres"]
         expected = (shape.layers, shape.kv_heads, shape.head_size)
-        if centres.shape != expected or centres.dtype != torch.float32 or not centres.isfinite().all():
+        for name, tensor in tensors.items():
+            if tensor.shape != expected or tensor.dtype != torch.float32 or not tensor.isfinite().all():
+                raise PowerQuantConfigError(
+                    f"{path} should hold finite fp32 {name} {expected}, got {tensor.dtype} {tuple(tensor.shape)}"
+                )
+        keys = KeyStatistics(tensors["key_centres"], tensors["key_scales"])
+        if not torch.equal(keys.scales, _power_of_two(keys.scales)):
             raise PowerQuantConfigError(
-                f"{path} should hold finite fp32 key centres {expected}, got {centres.dtype} {tuple(centres.shape)}"
+                f"key_scales of {path} should be powers of two from 1/{MAX_SCALE:g} to {MAX_SCALE:g}"
             )
-        return cls(centres, shape, about["model"], about["tokens"])
+        return cls(keys, shape, about["model"], about["tokens"])
 
     def check(self, config: PretrainedConfig, path: str | Path) -> None:
         """Raises PowerQuantConfigError, naming what differs, if this was not made with a model of the same shape."""
@@ -120,27 +148,53 @@ def load_calibration(path: str) -> Calibration:
     return Calibration.load(path)
 
 
+def _power_of_two(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(1 / MAX_SCALE, MAX_SCALE).log2().round().exp2()
+
+
 @torch.inference_mode()
-def key_centres(model: PreTrainedModel, runs: Iterable[Sequence[int]]) -> torch.Tensor:
-    """Mean key of every head over runs of token ids: [layers, kv_heads, head_size] fp32.
+def key_statistics(model: PreTrainedModel, runs: Iterable[Sequence[int]]) -> KeyStatistics:
+    """Of a model's keys and queries over runs of token ids.
 
-    Raises: PowerQuantUnsupportedError if the layers' keys differ in shape, or some keep none.
+    Raises: PowerQuantUnsupportedError if some layer has no keys, or layers' keys differ in shape.
     """
-    from transformers.cache_utils import DynamicCache
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
 
-    sums, tokens = None, 0
-    for ids in runs:
-        cache = DynamicCache()
-        model(torch.tensor(ids, device=model.device)[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        shapes = {tuple(layer.keys.shape) for layer in cache.layers}
-        if len(shapes) != 1 or len(cache.layers) != model.config.get_text_config().num_hidden_layers:
-            raise PowerQuantUnsupportedError(
-                f"calibration needs keys of one shape in every layer, got {len(cache.layers)} layers with {shapes}"
-            )
-        total = torch.stack([layer.keys[0].double().sum(1) for layer in cache.layers])
-        sums = total if sums is None else sums + total
-        tokens += len(ids)
-    return (sums / tokens).float().cpu()
+    sums: dict[int, list] = {}  # by layer: tokens, sum of k, of k^2, of q^2 over tokens and the group's heads
+
+    def watched(module, query, key, value, mask, **options):
+        q, k = query[0, :, SINKS:].double(), key[0, :, SINKS:].double()
+        by_head = q.unflatten(0, (len(k), -1)).square().mean(1).sum(1)
+        new = [k.shape[1], k.sum(1), k.square().sum(1), by_head]
+        old = sums.setdefault(module.layer_idx, [0, 0, 0, 0])
+        sums[module.layer_idx] = [a + b for a, b in zip(old, new, strict=True)]
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    AttentionInterface.register("powerquant_calibrate", watched)
+    AttentionMaskInterface.register("powerquant_calibrate", sdpa_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("powerquant_calibrate")
+    try:
+        for ids in runs:
+            model(torch.tensor(ids, device=model.device)[None], use_cache=False, logits_to_keep=1)
+    finally:
+        model.set_attn_implementation(before)
+    layers = model.config.get_text_config().num_hidden_layers
+    shapes = {tuple(total[1].shape) for total in sums.values()}
+    if len(shapes) != 1 or sorted(sums) != list(range(layers)):
+        raise PowerQuantUnsupportedError(
+            f"calibration needs keys of one shape in each of {layers} layers, got {len(sums)} layers with {sorted(shapes)}"
+        )
+    n = sums[0][0]
+    k, k_square, q_square = (torch.stack([sums[i][x] for i in range(layers)]).cpu() / n for x in (1, 2, 3))
+    spread, weight = k_square - k.square(), q_square
+    # channels that hardly move have no scale of their own
+    spread, weight = (x.maximum(1e-3 * x.mean(-1, keepdim=True)) for x in (spread, weight))
+    scales = (weight / spread) ** 0.25
+    scales /= scales.log().mean(-1, keepdim=True).exp()
+    return KeyStatistics(k.float(), _power_of_two(scales.float()))
 
 
 def calibrate(
@@ -149,7 +203,7 @@ def calibrate(
     """Measure a checkpoint (None: the embedded SmolLM2) on texts (None: the calibration part of the built-in ones).
 
     Args:   run_tokens, runs: of each text, so many runs of so many tokens, each with the tokenizer's BOS if it has one
-    Raises: PowerQuantConfigError if a text is too short for a run; PowerQuantUnsupportedError as key_centres
+    Raises: PowerQuantConfigError if a text is too short for a run; PowerQuantUnsupportedError as key_statistics
     """
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -171,6 +225,6 @@ def calibrate(
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
     if torch.cuda.is_available():
         model = model.cuda()
-    centres = key_centres(model, tqdm(pieces, "calibrating", unit="run"))
+    keys = key_statistics(model, tqdm(pieces, "calibrating", unit="run"))
     shape = ModelShape.of(model.config.get_text_config())
-    return Calibration(centres, shape, name, sum(map(len, pieces)))
+    return Calibration(keys, shape, name, sum(map(len, pieces)))

@@ -46,13 +46,13 @@ def split(tokens: int, heads: int, kv_heads: int, d: int) -> list[torch.Tensor]:
     return [part.view(tokens, -1, d) for part in parts]
 
 
-def main(head_size: int, heads: int, kv_heads: int, max_requests: int, max_queries: int, exact: bool, centred: bool) -> None:
+def main(head_size: int, heads: int, kv_heads: int, max_requests: int, max_queries: int, exact: bool, framed: bool) -> None:
     fmt = CacheFormat(head_size)
     kernels = GpuKernels(fmt, heads, kv_heads, max_requests, device, dtype, max_queries)
     kernels.rows = rows_hopper.HopperRows(fmt, heads, kv_heads, max_requests, max_queries, device)
     workspace = Workspace(kv_heads, head_size, dtype, device, 2_048)
-    centre = torch.zeros(kv_heads, head_size) if centred else None
-    kernels.warm_up(workspace, 128, 16 if exact else None, (128, 4), centre)
+    frame = torch.ones(kv_heads, 3, head_size) if framed else None
+    kernels.warm_up(workspace, 128, 16 if exact else None, (128, 4), frame)
     kernels.warm_up_protected(dtype, 128)
     warm = len(variants)
     # pages of three layers in one pool, tables of odd widths
@@ -67,7 +67,7 @@ def main(head_size: int, heads: int, kv_heads: int, max_requests: int, max_queri
         query, key, value = split(sum(queries), heads, kv_heads, head_size)
         table, exact_table = torch.zeros(len(queries), 37).int(), torch.zeros(len(queries), 555).int()
         out = torch.empty_like(query)
-        kernels.attend(query, key, value, out, cache, step, table, 0.1, centre, blocks, exact_table if exact else None)
+        kernels.attend(query, key, value, out, cache, step, table, 0.1, frame, blocks, exact_table if exact else None)
         kernels.attend(query, key, value, out, None, step, table, 0.1, None, pages, table)
 
     for n in {*range(1, min(70, max_requests)), 96, 128, 200, max_requests}:
@@ -77,7 +77,7 @@ def main(head_size: int, heads: int, kv_heads: int, max_requests: int, max_queri
     for tokens in (1, 2, 3, 16, 100, 1000, 9000):
         _, key, value = split(tokens, heads, kv_heads, head_size)
         slots = torch.zeros(tokens, dtype=torch.int64)
-        kernels.store(cache, key, value, slots, centre, blocks, slots if exact else None)
+        kernels.store(cache, key, value, slots, frame, blocks, slots if exact else None)
         kernels.store(None, key, value, None, None, pages, slots)
         if tokens > max_queries:
             for context in (0, 500, 3000):
@@ -86,5 +86,5 @@ def main(head_size: int, heads: int, kv_heads: int, max_requests: int, max_queri
 
 
 if __name__ == "__main__":
-    *numbers, exact, centred = map(int, sys.argv[1:])
-    main(*numbers, bool(exact), bool(centred))
+    *numbers, exact, framed = map(int, sys.argv[1:])
+    main(*numbers, bool(exact), bool(framed))

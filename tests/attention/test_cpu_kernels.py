@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from helpers import ARITHMETIC_LIMIT, Batch, expected, relative_rms
+from helpers import ARITHMETIC_LIMIT, Batch, expected, key_frame, relative_rms
 from vllm_powerquant.attention import reference
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.kernels import cpu_build, cpu_kernels
@@ -16,15 +16,15 @@ BITS = (2, 3, 4, 8)
 WIDTHS = [pytest.param(d, k, v, id=f"d{d}-k{k}v{v}") for d, k, v in itertools.product(SUPPORTED_HEAD_SIZES, BITS, BITS)]
 
 
-def stored(batch: Batch, exact: ExactBlocks | None = None, centre: torch.Tensor | None = None) -> CpuKernels:
+def stored(batch: Batch, exact: ExactBlocks | None = None, frame: torch.Tensor | None = None) -> CpuKernels:
     """Kernels of the batch's format, after storing every token of every request."""
     kernels = CpuKernels(batch.format)
     for r, (key, value) in enumerate(zip(batch.keys, batch.values, strict=True)):
-        kernels.store(batch.cache, key, value, batch.slots(r), centre, exact, batch.slots(r, exact=True))
+        kernels.store(batch.cache, key, value, batch.slots(r), frame, exact, batch.slots(r, exact=True))
     return kernels
 
 
-def attended(batch: Batch, kernels: CpuKernels, exact: ExactBlocks | None = None, centre: torch.Tensor | None = None):
+def attended(batch: Batch, kernels: CpuKernels, exact: ExactBlocks | None = None, frame: torch.Tensor | None = None):
     kernels.attend(
         batch.query,
         batch.chunk(batch.keys),
@@ -34,7 +34,7 @@ def attended(batch: Batch, kernels: CpuKernels, exact: ExactBlocks | None = None
         batch.plan,
         batch.block_table,
         batch.format.head_size**-0.5,
-        centre,
+        frame,
         exact,
         batch.exact_table if exact else None,
     )
@@ -87,16 +87,19 @@ def test_exact_blocks(residual_tokens, sink_tokens, queries):
     assert relative_rms(attended(batch, kernels, exact), expected(batch, exact)) < ARITHMETIC_LIMIT[torch.float32]
 
 
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 4e-4), (torch.float16, 1e-3), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 4e-4), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 def test_long_chunks_over_a_dequantized_context(dtype, limit, monkeypatch):
-    """Chunks of 64 queries and more dequantize their context, here in segments of 256 tokens; beside them a short one."""
+    """Chunks of 64 queries and more dequantize their context, here in segments of 256 tokens; beside them a short one.
+
+    The frame's random scales, unlike a model's, leave more to round in 16 bits.
+    """
     monkeypatch.setattr(cpu_kernels, "SEGMENT_TOKENS", 256)
     batch = Batch(CacheFormat(64), [700, 5, 64], [100, 1, 64], 2, 3, dtype)
-    centre = torch.randn(2, 64, generator=torch.Generator().manual_seed(3))
+    frame = key_frame(2, 64)
     exact = batch.exact_blocks(128, 4)
-    kernels = stored(batch, exact, centre)
+    kernels = stored(batch, exact, frame)
     batch.exact_table[0, 38:41] = 0
-    assert relative_rms(attended(batch, kernels, exact, centre), expected(batch, exact, centre)) < limit
+    assert relative_rms(attended(batch, kernels, exact, frame), expected(batch, exact, frame)) < limit
 
 
 def test_exact_blocks_hold_the_rows_given():
@@ -130,17 +133,17 @@ def test_only_exact_blocks():
         start += queries
 
 
-def test_key_centre():
+def test_key_frame():
     batch = Batch(CacheFormat(64), [300, 20], [1, 4], 2, 3, torch.float32)
-    centre = 2 * torch.randn(2, 64, generator=torch.Generator().manual_seed(3))
+    frame = key_frame(2, 64)
     exact = batch.exact_blocks(64, 4)
-    kernels = stored(batch, exact, centre)
+    kernels = stored(batch, exact, frame)
     want = torch.full_like(batch.cache, 0xA5)
     for r in range(2):
-        reference.store(batch.format, want, batch.keys[r], batch.values[r], batch.slots(r), centre)
+        reference.store(batch.format, want, batch.keys[r], batch.values[r], batch.slots(r), frame)
     assert torch.equal(batch.cache, want)
-    got = attended(batch, kernels, exact, centre)
-    assert relative_rms(got, expected(batch, exact, centre)) < ARITHMETIC_LIMIT[torch.float32]
+    got = attended(batch, kernels, exact, frame)
+    assert relative_rms(got, expected(batch, exact, frame)) < ARITHMETIC_LIMIT[torch.float32]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from helpers import DEVICE, Batch, expected, relative_rms
+from helpers import DEVICE, Batch, expected, key_frame, relative_rms
 from vllm_powerquant.attention import reference
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.kernels.cpu_kernels import ExactBlocks
@@ -32,10 +32,10 @@ if DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0):
     STEPS.append(pytest.param(True, [1, 1, 1], torch.bfloat16, id="hopper"))
 
 
-def filled(batch: Batch, exact: ExactBlocks | None = None, centre: torch.Tensor | None = None) -> Batch:
+def filled(batch: Batch, exact: ExactBlocks | None = None, frame: torch.Tensor | None = None) -> Batch:
     """Store the whole of each request (chunks too, as the backend does), packed and exactly."""
     for r, (key, value) in enumerate(zip(batch.keys, batch.values, strict=True)):
-        reference.store(batch.format, batch.cache, key, value, batch.slots(r), centre)
+        reference.store(batch.format, batch.cache, key, value, batch.slots(r), frame)
         if exact:
             slots = batch.slots(r, exact=True)
             real = slots >= batch.exact_block_size
@@ -44,7 +44,7 @@ def filled(batch: Batch, exact: ExactBlocks | None = None, centre: torch.Tensor 
     return batch
 
 
-def attended(batch: Batch, hopper: bool, exact: ExactBlocks | None = None, centre=None, max_row_queries: int | None = None):
+def attended(batch: Batch, hopper: bool, exact: ExactBlocks | None = None, frame=None, max_row_queries: int | None = None):
     kernels = GpuKernels(
         batch.format,
         batch.num_kv_heads * batch.group,
@@ -73,7 +73,7 @@ def attended(batch: Batch, hopper: bool, exact: ExactBlocks | None = None, centr
         plan,
         batch.block_table.to(device),
         batch.format.head_size**-0.5,
-        None if centre is None else centre.to(device),
+        None if frame is None else frame.to(device),
         ExactBlocks(exact.cache.to(device), exact.residual_tokens, exact.sink_tokens) if exact else None,
         batch.exact_table.to(device) if exact else None,
     )
@@ -128,13 +128,13 @@ def test_exact_block_sizes(exact_block_size, head_size, hopper):
 
 
 @pytest.mark.parametrize("hopper", KERNELS)
-def test_key_centre(hopper):
+def test_key_frame(hopper):
     batch = Batch(CacheFormat(64), [300, 20], [1, 4], 2, 3, PRECISE[hopper])
-    centre = 2 * torch.randn(2, 64, generator=torch.Generator().manual_seed(3))
+    frame = key_frame(2, 64)
     exact = batch.exact_blocks(64, 4)
-    filled(batch, exact, centre)
-    got = attended(batch, hopper, exact, centre)
-    assert relative_rms(got, expected(batch, exact, centre)) < LIMIT[PRECISE[hopper]]
+    filled(batch, exact, frame)
+    got = attended(batch, hopper, exact, frame)
+    assert relative_rms(got, expected(batch, exact, frame)) < LIMIT[PRECISE[hopper]]
 
 
 def test_models_in_fp32_take_the_portable_kernels():

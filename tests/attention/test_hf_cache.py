@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from helpers import key_frame
 from vllm_powerquant.attention import reference
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.hf_cache import PowerQuantCache, PowerQuantLayer
@@ -25,12 +26,12 @@ def attended(query, keys, values) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("residual_tokens, sink_tokens", [(128, 4), (0, 0), (0, 4), (1, 0), (16, 20)])
-@pytest.mark.parametrize("centred", [False, True])
-def test_chunks_are_attended_as_the_reference_attends(centred, residual_tokens, sink_tokens):
+@pytest.mark.parametrize("framed", [False, True])
+def test_chunks_are_attended_as_the_reference_attends(framed, residual_tokens, sink_tokens):
     """Chunk after chunk, the same window, sinks and packed tokens as reference.attend's."""
     cache_format, lengths = CacheFormat(64), [70, 1, 1, 90, 3]
-    centre = torch.randn(2, 64, generator=torch.Generator().manual_seed(9)) if centred else None
-    layer = PowerQuantLayer(cache_format, residual_tokens, sink_tokens, centre)
+    frame = key_frame(2, 64) if framed else None
+    layer = PowerQuantLayer(cache_format, residual_tokens, sink_tokens, frame)
     pages = torch.zeros(3, 2, 128, cache_format.layout.slot_bytes, dtype=torch.uint8)
     exact = torch.zeros(13, 2, 16, 128)
     table, exact_table, length = torch.tensor([2, 1]), torch.arange(1, 13), 0
@@ -40,13 +41,13 @@ def test_chunks_are_attended_as_the_reference_attends(centred, residual_tokens, 
         keys, values = layer.update(key, value)
         rows_k, rows_v = key[0].transpose(0, 1), value[0].transpose(0, 1)
         want = reference.attend(
-            cache_format, query.transpose(0, 1), rows_k, rows_v, pages, table, length, 0.125, centre, exact, exact_table,
+            cache_format, query.transpose(0, 1), rows_k, rows_v, pages, table, length, 0.125, frame, exact, exact_table,
             residual_tokens, sink_tokens,
         )  # fmt: skip
         got = attended(query, keys[0], values[0]).transpose(0, 1)
         assert (got - want).norm() / want.norm() < 1e-6
         position = torch.arange(length, length + n)
-        reference.store(cache_format, pages, rows_k, rows_v, table[position // 128] * 128 + position % 128, centre)
+        reference.store(cache_format, pages, rows_k, rows_v, table[position // 128] * 128 + position % 128, frame)
         exact[exact_table[position // 16], :, position % 16] = torch.cat((rows_k, rows_v), -1)
         length += n
 

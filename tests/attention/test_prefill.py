@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from helpers import DEVICE, Batch, expected, relative_rms
+from helpers import DEVICE, Batch, expected, key_frame, relative_rms
 from vllm_powerquant.attention import reference
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.kernels import prefill
@@ -28,10 +28,10 @@ if prefill.flash_attention_version(64, torch.bfloat16, device) is not None:
     VERSIONS.append(pytest.param(True, id="flash"))
 
 
-def filled(batch: Batch, exact: ExactBlocks | None = None, centre: torch.Tensor | None = None) -> Batch:
+def filled(batch: Batch, exact: ExactBlocks | None = None, frame: torch.Tensor | None = None) -> Batch:
     """Store every token of every request, packed and exactly, as the backend does before it attends."""
     for r, (key, value) in enumerate(zip(batch.keys, batch.values, strict=True)):
-        reference.store(batch.format, batch.cache, key, value, batch.slots(r), centre)
+        reference.store(batch.format, batch.cache, key, value, batch.slots(r), frame)
         if exact:
             slots, size = batch.slots(r, exact=True), batch.exact_block_size
             exact.cache[slots // size, :, slots % size] = torch.cat((key, value), -1)
@@ -48,7 +48,7 @@ def workspace_of(batch: Batch, flash: bool = False, capacity: int = 1024) -> Wor
 def attended(
     batch: Batch,
     exact: ExactBlocks | None = None,
-    centre: torch.Tensor | None = None,
+    frame: torch.Tensor | None = None,
     workspace: Workspace | None = None,
     slack: int = 0,
 ) -> torch.Tensor:
@@ -69,7 +69,7 @@ def attended(
         torch.tensor(lens).int().to(device),
         plan,
         batch.format.head_size**-0.5,
-        None if centre is None else centre.to(device),
+        None if frame is None else frame.to(device),
         ExactBlocks(exact.cache.to(device), exact.residual_tokens, exact.sink_tokens) if exact else None,
         batch.exact_table.to(device) if exact else None,
     )
@@ -144,11 +144,11 @@ def test_mixed_requests(contexts, queries, slack, flash):
 def test_segments(context, slack, flash):
     """Contexts of more than the workspace's 128 tokens, beside requests that fit."""
     batch = Batch(CacheFormat(64), [context, 20, 0], [70, 10, 140], 2, 2, torch.float16)
-    centre = torch.randn(2, 64, generator=torch.Generator().manual_seed(3))
+    frame = key_frame(2, 64)
     exact = batch.exact_blocks(40, 4)
-    filled(batch, exact, centre)
-    got = attended(batch, exact, centre, workspace_of(batch, flash, 128), slack)
-    assert relative_rms(got, expected(batch, exact, centre)) < LIMIT[torch.float16]
+    filled(batch, exact, frame)
+    got = attended(batch, exact, frame, workspace_of(batch, flash, 128), slack)
+    assert relative_rms(got, expected(batch, exact, frame)) < LIMIT[torch.float16]
 
 
 @pytest.mark.parametrize("residual_tokens, sink_tokens", [(128, 4), (128, 0), (0, 4), (0, 16), (1, 0), (2, 70), (4096, 4)])
@@ -216,12 +216,12 @@ def test_padded_pool(block_size):
     assert relative_rms(attended(batch, exact), want) < LIMIT[torch.float32]
 
 
-def test_key_centre():
+def test_key_frame():
     batch = Batch(CacheFormat(64), [150, 20], [30, 4], 2, 1, torch.float32)
-    centre = 2 * torch.randn(2, 64, generator=torch.Generator().manual_seed(3))
+    frame = key_frame(2, 64)
     exact = batch.exact_blocks(64, 4)
-    filled(batch, exact, centre)
-    assert relative_rms(attended(batch, exact, centre), expected(batch, exact, centre)) < LIMIT[torch.float32]
+    filled(batch, exact, frame)
+    assert relative_rms(attended(batch, exact, frame), expected(batch, exact, frame)) < LIMIT[torch.float32]
 
 
 def test_strided_inputs():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import Batch, relative_rms
+from helpers import Batch, key_frame, relative_rms
 from vllm_powerquant.attention import reference
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.rotation import SUPPORTED_HEAD_SIZES, rotate
@@ -70,17 +70,12 @@ def test_huge_vector_saturates_and_not_finite_is_nan():
         assert reference.quantize(x, codebook, factor)[1].isnan()
 
 
-def test_key_centre_is_subtracted():
-    cache_format = CacheFormat(64, 4, 2)
-    g = torch.Generator().manual_seed(0)
-    key, value, centre = (
-        torch.randn(6, 2, 64, generator=g),
-        torch.randn(6, 2, 64, generator=g),
-        torch.randn(2, 64, generator=g),
-    )
-    assert torch.equal(
-        reference.encode(cache_format, key, value, centre), reference.encode(cache_format, key - centre, value)
-    )
+def test_keys_are_packed_in_their_frame():
+    cache_format, frame = CacheFormat(64, 4, 2), key_frame(2, 64)
+    key, value = torch.randn(2, 6, 2, 64, generator=torch.Generator().manual_seed(0))
+    framed = (key - frame[:, 0]) * frame[:, 1]
+    assert torch.equal(reference.encode(cache_format, key, value, frame), reference.encode(cache_format, framed, value))
+    assert torch.equal(framed * frame[:, 2], key - frame[:, 0])
 
 
 @pytest.mark.parametrize("key_bits, value_bits, limit", [(8, 8, 0.02), (4, 4, 0.15), (4, 2, 0.45), (3, 2, 0.5)])

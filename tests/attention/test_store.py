@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from helpers import DEVICE, Batch
+from helpers import DEVICE, Batch, key_frame
 from vllm_powerquant.attention import reference
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.kernels import store_nvidia
@@ -42,24 +42,24 @@ def stored(
     key: torch.Tensor,
     value: torch.Tensor,
     slots: torch.Tensor | None,
-    centre: torch.Tensor | None = None,
+    frame: torch.Tensor | None = None,
     exact: ExactBlocks | None = None,
     exact_slots: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """What a copy of the cache is after a store on the device; exact blocks are written in place."""
     cache = None if cache is None else cache.clone()
-    on_device = [x if x is None else x.to(DEVICE) for x in (cache, key, value, slots, centre, exact_slots)]
-    cache, key, value, slots, centre, exact_slots = on_device
+    on_device = [x if x is None else x.to(DEVICE) for x in (cache, key, value, slots, frame, exact_slots)]
+    cache, key, value, slots, frame, exact_slots = on_device
     moved = exact and ExactBlocks(exact.cache.to(DEVICE), exact.residual_tokens, exact.sink_tokens)
-    store(cache_format, cache, key, value, slots, centre, moved, exact_slots, portable=kernel == "portable")
+    store(cache_format, cache, key, value, slots, frame, moved, exact_slots, portable=kernel == "portable")
     if exact:
         exact.cache.copy_(moved.cache)
     return None if cache is None else cache.cpu()
 
 
-def expected(cache_format, cache, key, value, slots, centre=None) -> torch.Tensor:
+def expected(cache_format, cache, key, value, slots, frame=None) -> torch.Tensor:
     cache = cache.clone()
-    reference.store(cache_format, cache, key, value, slots, centre)
+    reference.store(cache_format, cache, key, value, slots, frame)
     return cache
 
 
@@ -74,10 +74,10 @@ def test_every_width(head_size, key_bits, value_bits, kernel):
 
 @pytest.mark.parametrize("head_size", [64, 80, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
-def test_dtypes_and_centre(dtype, head_size, kernel):
+def test_dtypes_and_frame(dtype, head_size, kernel):
     batch = Batch(CacheFormat(head_size), [70], [9], 2, 1, dtype)
-    centre = 2 * torch.randn(2, head_size, generator=torch.Generator().manual_seed(3))
-    arguments = (batch.format, batch.cache, batch.keys[0], batch.values[0], batch.slots(0), centre)
+    frame = key_frame(2, head_size)
+    arguments = (batch.format, batch.cache, batch.keys[0], batch.values[0], batch.slots(0), frame)
     assert torch.equal(stored(kernel, *arguments), expected(*arguments))
 
 
@@ -195,15 +195,15 @@ def test_exact_blocks_hold_the_rows_given(head_size, packed, kernel):
     slots, exact_slots = batch.slots(0), batch.slots(0, exact=True)
     exact_slots[-1] = -1
     exact = batch.exact_blocks(128, 4)
-    centre = torch.randn(2, head_size, generator=torch.Generator().manual_seed(3))
+    frame = key_frame(2, head_size)
     cache = batch.cache if packed else None
-    got = stored(kernel, batch.format, cache, key, value, slots if packed else None, centre, exact, exact_slots)
+    got = stored(kernel, batch.format, cache, key, value, slots if packed else None, frame, exact, exact_slots)
     real = exact_slots >= 16
     rows = exact.cache[exact_slots // 16, :, exact_slots % 16]
     assert torch.equal(rows[real], torch.cat((key, value), -1)[real])
     assert exact.cache.isnan().all(-1).sum() == 2 * (exact.cache.shape[0] * 16 - real.sum())  # nothing else is written
     if packed:
-        assert torch.equal(got, expected(batch.format, batch.cache, key, value, slots, centre))
+        assert torch.equal(got, expected(batch.format, batch.cache, key, value, slots, frame))
 
 
 def test_wrong_tensors_are_refused(kernel):

@@ -5,7 +5,7 @@ import torch
 
 from attention import test_gpu_kernels as attention
 from attention import test_store as stores
-from helpers import Batch, expected, relative_rms
+from helpers import Batch, expected, key_frame, relative_rms
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.kernels import store_nvidia
 from vllm_powerquant.attention.kernels.cpu_kernels import ExactBlocks
@@ -27,9 +27,9 @@ def landing(request, device):
     device.reverse_copies = request.param == "reversed"
 
 
-def check(batch: Batch, exact=None, centre=None) -> None:
-    attention.filled(batch, exact, centre)
-    error = relative_rms(attention.attended(batch, True, exact, centre), expected(batch, exact, centre))
+def check(batch: Batch, exact=None, frame=None) -> None:
+    attention.filled(batch, exact, frame)
+    error = relative_rms(attention.attended(batch, True, exact, frame), expected(batch, exact, frame))
     assert error < attention.LIMIT[batch.dtype]
 
 
@@ -90,15 +90,15 @@ def test_gaps_between_exact_tokens_are_refused():
         attention.attended(batch, True, gaps)
 
 
-def test_key_centre(landing):
-    attention.test_key_centre(True)
+def test_key_frame(landing):
+    attention.test_key_frame(True)
 
 
 @pytest.mark.parametrize("exact_tokens", [(128, 4), (300, 0), (0, 20)])
-def test_exact_blocks_and_centre(exact_tokens, landing):
+def test_exact_blocks_and_frame(exact_tokens, landing):
     batch = Batch(CacheFormat(128, 3, 3), [500, 90, 0], [3, 1, 3], 2, 5, torch.float16, seed=7)
-    centre = torch.randn(2, 128, generator=torch.Generator().manual_seed(3))
-    check(batch, batch.exact_blocks(*exact_tokens), centre)
+    frame = key_frame(2, 128)
+    check(batch, batch.exact_blocks(*exact_tokens), frame)
 
 
 @pytest.mark.parametrize("scale", [0.1, 6.0], ids=["flat", "spiky"])
@@ -157,12 +157,12 @@ def test_random_batches(seed, device):
     dtype, group = draw(torch.float16, torch.bfloat16), draw(1, 2, 3, 4, 6, 8, 12)
     batch = Batch(cache_format, contexts, queries, kv_heads, group, dtype, exact_block_size=size, seed=seed)
     exact = batch.exact_blocks(draw(1, *range(260)), draw(*range(40))) if draw(False, True, True) else None
-    centre = torch.randn(kv_heads, head_size, generator=g) if draw(False, True) else None
+    frame = key_frame(kv_heads, head_size, seed) if draw(False, True) else None
     if exact:
         for r, tokens in enumerate(map(len, batch.keys)):
             full_blocks = tokens // size
             batch.exact_table[r, :full_blocks][torch.rand(full_blocks, generator=g) < 0.1] = 0
-    check(batch, exact, centre)
+    check(batch, exact, frame)
 
 
 @pytest.fixture(params=["nvidia-small", "nvidia-large"])
@@ -184,8 +184,8 @@ def test_stores_of_every_width(head_size, key_bits, value_bits, kernel):
     [(torch.float32, 64), (torch.float16, 64), (torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256)],
     ids=["fp32", "fp16", "bf16", "bf16-128", "bf16-256"],
 )
-def test_stores_of_dtypes_and_centre(dtype, head_size, kernel):
-    stores.test_dtypes_and_centre(dtype, head_size, kernel)
+def test_stores_of_dtypes_and_frame(dtype, head_size, kernel):
+    stores.test_dtypes_and_frame(dtype, head_size, kernel)
 
 
 def test_stores_of_extremes(kernel):

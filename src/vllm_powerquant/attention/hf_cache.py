@@ -24,7 +24,7 @@ class PowerQuantLayer(CacheLayerMixin):
     """One layer's packed keys and values, and the buffer that attention reads.
 
     Args: cache_format: None keeps every token exact (a protected layer); residual_tokens, sink_tokens: as in vLLM's options;
-          key_centre [num_kv_heads, head_size] fp32, subtracted from keys before they are packed; signs [head_size] fp32 of
+          key_frame [num_kv_heads, 3, head_size] fp32: see reference.in_frame; signs [head_size] fp32 of
           +-1, another rotation than the shipped one
     """
 
@@ -36,13 +36,13 @@ class PowerQuantLayer(CacheLayerMixin):
         cache_format: CacheFormat | None,
         residual_tokens: int = 128,
         sink_tokens: int = 4,
-        key_centre: torch.Tensor | None = None,
+        key_frame: torch.Tensor | None = None,
         signs: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.format = cache_format
         self.residual_tokens, self.sink_tokens = residual_tokens, sink_tokens
-        self.key_centre, self.signs = key_centre, signs
+        self.key_frame, self.signs = key_frame, signs
         self.length = 0
         self.packed_until = 0  # positions before it are read as packed, but for the sinks
 
@@ -91,8 +91,7 @@ class PowerQuantLayer(CacheLayerMixin):
         """[batch, heads, n, head_size] -> slots [batch, n, heads, slot_bytes]."""
         batch, heads, n, head_size = key.shape
         key, value = (x.transpose(1, 2).reshape(batch * n, heads, head_size).float() for x in (key, value))
-        if self.key_centre is not None:
-            key = key - self.key_centre
+        key = reference.in_frame(key, self.key_frame)
         if self.signs is not None:
             key, value = key * self.signs, value * self.signs
         return reference.encode(self.format, key, value).view(batch, n, heads, -1)
@@ -104,8 +103,9 @@ class PowerQuantLayer(CacheLayerMixin):
         value = unrotate(reference.dequantize(value_idx, value_scale, self.format.value_codebook)).float()
         if self.signs is not None:
             key, value = key * self.signs, value * self.signs
-        if self.key_centre is not None:
-            key = key + self.key_centre
+        if self.key_frame is not None:
+            centre, _, inverse = self.key_frame.unbind(1)
+            key = key * inverse + centre
         return key.transpose(1, 2).to(self.dtype), value.transpose(1, 2).to(self.dtype)
 
     def _leave_window(self, start: int) -> None:
@@ -187,8 +187,8 @@ class PowerQuantLayer(CacheLayerMixin):
 class PowerQuantCache(Cache):
     """A PowerQuantLayer for every layer of a model.
 
-    Args: num_layers; head_size; protected_layers: so many first and last layers keep every token exact; key_centres: one
-          [num_kv_heads, head_size] fp32 a layer; seed: of a rotation other than the shipped one (0)
+    Args: num_layers; head_size; protected_layers: so many first and last layers keep every token exact; key_frames: one
+          [num_kv_heads, 3, head_size] fp32 a layer; seed: of a rotation other than the shipped one (0)
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class PowerQuantCache(Cache):
         residual_tokens: int = 128,
         sink_tokens: int = 4,
         protected_layers: int = 0,
-        key_centres: Sequence[torch.Tensor] | None = None,
+        key_frames: Sequence[torch.Tensor] | None = None,
         seed: int = 0,
     ) -> None:
         cache_format = CacheFormat(head_size, key_bits, value_bits)
@@ -213,7 +213,7 @@ class PowerQuantCache(Cache):
                 cache_format if protected_layers <= i < num_layers - protected_layers else None,
                 residual_tokens,
                 sink_tokens,
-                None if key_centres is None else key_centres[i],
+                None if key_frames is None else key_frames[i],
                 signs,
             )
             for i in range(num_layers)
@@ -221,6 +221,6 @@ class PowerQuantCache(Cache):
         super().__init__(layers=layers)
 
     def held_bytes(self) -> int:
-        """Bytes that a cache of these layers has to hold, centres and rotation counted."""
-        tables = sum(x.numel() * 4 for x in (layer.key_centre for layer in self.layers) if x is not None)
+        """Bytes that a cache of these layers has to hold, frames and rotation counted."""
+        tables = sum(x.numel() * 4 for x in (layer.key_frame for layer in self.layers) if x is not None)
         return sum(layer.held_bytes() for layer in self.layers) + tables

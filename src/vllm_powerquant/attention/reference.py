@@ -1,6 +1,6 @@
 """The whole method in plain PyTorch: quantize, store, gather, attend. The truth that every kernel is tested against.
 
-A vector x (a key minus its head's centre, or a value) becomes codes and one scale:
+A vector x (a key in its head's frame, or a value) becomes codes and one scale:
 
     h = H S x                      signs S, Hadamard matrix H (rotation.py)
     t = h / (rms(h) * step)        in units of the codebook's integer grid
@@ -74,15 +74,27 @@ def dequantize(idx: torch.Tensor, scale: torch.Tensor, codebook: Codebook) -> to
     return (levels[idx.long()] + 0.5) * float(codebook.step) * scale.double()[..., None]
 
 
+def in_frame(key: torch.Tensor, key_frame: torch.Tensor | None) -> torch.Tensor:
+    """(key - centre) * scale, what is packed: keys [n, num_kv_heads, head_size].
+
+    A frame [num_kv_heads, 3, head_size] has the rows centre, scale, 1 / scale; scales are powers of two. Queries are
+    multiplied by 1 / scale before they meet such keys.
+    """
+    if key_frame is None:
+        return key
+    centre, scale, _ = key_frame.to(key.dtype).unbind(1)
+    return (key - centre) * scale
+
+
 def encode(
-    cache_format: CacheFormat, key: torch.Tensor, value: torch.Tensor, key_centre: torch.Tensor | None = None
+    cache_format: CacheFormat, key: torch.Tensor, value: torch.Tensor, key_frame: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Keys and values to slot bytes.
 
-    Args:    key, value [n, num_kv_heads, head_size] float; key_centre [num_kv_heads, head_size] fp32, subtracted from keys
+    Args:    key, value [n, num_kv_heads, head_size] float; key_frame [num_kv_heads, 3, head_size] fp32: see in_frame
     Returns: [n, num_kv_heads, slot_bytes] uint8
     """
-    key = key.float() if key_centre is None else key.float() - key_centre
+    key = in_frame(key.float(), key_frame)
     k_book, v_book = cache_format.key_codebook, cache_format.value_codebook
     key_idx, key_scale = quantize(key, k_book, cache_format.scale_factor(k_book))
     value_idx, value_scale = quantize(value, v_book, cache_format.scale_factor(v_book))
@@ -101,7 +113,7 @@ def store(
     key: torch.Tensor,
     value: torch.Tensor,
     slot_mapping: torch.Tensor,
-    key_centre: torch.Tensor | None = None,
+    key_frame: torch.Tensor | None = None,
 ) -> None:
     """Write tokens into their pages; slots below 0 are padding.
 
@@ -109,7 +121,7 @@ def store(
           slot_mapping [n] int64
     """
     real = slot_mapping >= 0
-    slots = encode(cache_format, key[real], value[real], key_centre)
+    slots = encode(cache_format, key[real], value[real], key_frame)
     _storage_bytes(cache)[cache_format.layout.slot_addresses(slot_mapping[real], cache)] = slots
 
 
@@ -155,7 +167,7 @@ def attend(
     block_table: torch.Tensor,
     context_len: int,
     scale: float,
-    key_centre: torch.Tensor | None = None,
+    key_frame: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     residual_table: torch.Tensor | None = None,
     residual_tokens: int = 0,
@@ -177,18 +189,18 @@ def attend(
     position = torch.arange(context_len)
     slots = block_table.long()[position // block_size] * block_size + position % block_size
     keys, values = gather(cache_format, cache, slots)
-    raw_key = key.double() if key_centre is None else key.double() - key_centre.double()
+    raw_key = in_frame(key.double(), key_frame)
     if residual is not None:
         rows = residual.shape[2]
         exact = exact_positions(context_len, residual_tokens, sink_tokens, residual_table, rows)
         if len(exact):
             data = residual[residual_table.long()[exact // rows], :, exact % rows].double()
-            exact_key = data[..., :head_size]
-            exact_key = exact_key if key_centre is None else exact_key - key_centre.double()
-            keys[exact], values[exact] = rotate(exact_key), rotate(data[..., head_size:])
+            keys[exact] = rotate(in_frame(data[..., :head_size], key_frame))
+            values[exact] = rotate(data[..., head_size:])
     keys = torch.cat((keys, rotate(raw_key)))
     values = torch.cat((values, rotate(value.double())))
-    q = rotate(query.double()).view(n, num_kv_heads, num_heads // num_kv_heads, head_size)
+    q = query.double().view(n, num_kv_heads, num_heads // num_kv_heads, head_size)
+    q = rotate(q if key_frame is None else q * key_frame[:, 2, None].double())
     scores = torch.einsum("nhgd,thd->hgnt", q, keys) * scale
     visible = torch.arange(context_len + n)[None, :] <= context_len + torch.arange(n)[:, None]
     scores = scores.masked_fill(~visible, -math.inf)

@@ -242,7 +242,7 @@ class PowerQuantImpl(AttentionImpl):
         self.exact_layer: ExactCache | None = None
         self.is_protected = False
         self._is_decided = False
-        self.key_centre: torch.Tensor | None = None  # [num_kv_heads, head_size] fp32
+        self.key_frame: torch.Tensor | None = None  # [num_kv_heads, 3, head_size] fp32
         self.kernels = self._make_kernels(CacheFormat(head_size, self.config.key_bits, self.config.value_bits))
 
     def _make_kernels(self, cache_format: CacheFormat) -> CpuKernels | GpuKernels:
@@ -282,7 +282,7 @@ class PowerQuantImpl(AttentionImpl):
             return
         layer.attn_backend = packed_backend(self.config)
         if self.config.calibration:
-            self.key_centre = self._centre_of(index)
+            self.key_frame = self._frame_of(index)
         keeps_exact = bool(self.config.residual_tokens or self.config.sink_tokens)
         if current_platform.is_cpu():
             self.kernels.workspace(self.num_kv_heads, self._vllm_config.model_config.dtype)
@@ -292,16 +292,16 @@ class PowerQuantImpl(AttentionImpl):
                 self._vllm_config.cache_config.block_size,
                 self.config.residual_block_size if keeps_exact else None,
                 (self.config.residual_tokens, self.config.sink_tokens),
-                self.key_centre,
+                self.key_frame,
             )
         if keeps_exact:
             self.exact_layer = ExactCache(
                 f"{name}.exact", ExactBackend, self.num_kv_heads, self.head_size, self.config, self._vllm_config
             )
 
-    def _centre_of(self, index: int) -> torch.Tensor:
-        """The mean keys of a layer's kv heads that this rank has."""
-        every = load_calibration(self.config.calibration).key_centres[index]
+    def _frame_of(self, index: int) -> torch.Tensor:
+        """The frame of a layer's kv heads that this rank has."""
+        every = load_calibration(self.config.calibration).keys.frames()[index]
         # vLLM gives each rank consecutive heads, or, where there are fewer heads than ranks, several ranks the same one
         ranks = self._vllm_config.parallel_config.tensor_parallel_size
         first = get_tensor_model_parallel_rank() * len(every) // ranks
@@ -330,7 +330,7 @@ class PowerQuantImpl(AttentionImpl):
             key,
             value,
             slot_mapping,
-            self.key_centre,
+            self.key_frame,
             exact,
             exact_slots[: len(slot_mapping)] if exact else None,
         )
@@ -375,7 +375,7 @@ class PowerQuantImpl(AttentionImpl):
             batch.plan,
             batch.block_table,
             self.scale,
-            self.key_centre,
+            self.key_frame,
             exact,
             exact_table,
         )

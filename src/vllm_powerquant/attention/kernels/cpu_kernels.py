@@ -63,7 +63,7 @@ class _StoreArgs(ctypes.Structure):
         ("num_tokens", _I64),
         ("slots", _Pointer),
         ("cache", _Pages),
-        ("key_centre", _Pointer),
+        ("key_frame", _Pointer),
         ("exact_slots", _Pointer),
         ("exact", _Pages),
     ]
@@ -93,7 +93,7 @@ class _AttendArgs(ctypes.Structure):
         ("exact_table_stride", _I64),
         ("residual_tokens", _I32),
         ("sink_tokens", _I32),
-        ("key_centre", _Pointer),
+        ("key_frame", _Pointer),
         ("scale", _F32),
     ]
 
@@ -107,7 +107,7 @@ class _DequantizeArgs(ctypes.Structure):
         ("exact_table", _Pointer),
         ("residual_tokens", _I32),
         ("sink_tokens", _I32),
-        ("key_centre", _Pointer),
+        ("key_frame", _Pointer),
         ("num_kv_heads", _I32),
         ("dtype", _I32),
         ("context", _I64),
@@ -209,14 +209,15 @@ class CpuKernels:
         key: torch.Tensor,
         value: torch.Tensor,
         slot_mapping: torch.Tensor | None,
-        key_centre: torch.Tensor | None = None,
+        key_frame: torch.Tensor | None = None,
         exact: ExactBlocks | None = None,
         exact_slot_mapping: torch.Tensor | None = None,
     ) -> None:
         """Write tokens into their packed pages (unless None) and, with `exact`, into their exact blocks.
 
         Args: cache [num_blocks, num_kv_heads, block_size, slot_bytes] uint8; key, value [n, num_kv_heads, head_size];
-              slot_mapping, exact_slot_mapping [n] int64, below 0: padding (exact slots of block 0 are not written either)
+              slot_mapping, exact_slot_mapping [n] int64, below 0: padding (exact slots of block 0 are not written either);
+              key_frame [num_kv_heads, 3, head_size] fp32: see reference.in_frame
         """
         num_tokens = (exact_slot_mapping if cache is None else slot_mapping).shape[0]
         arguments = _StoreArgs(
@@ -228,7 +229,7 @@ class CpuKernels:
             num_tokens=num_tokens,
             slots=_address(slot_mapping, torch.int64),
             cache=self._packed(cache),
-            key_centre=_address(key_centre, torch.float32),
+            key_frame=_address(key_frame, torch.float32),
             exact_slots=_address(exact_slot_mapping if exact else None, torch.int64),
             exact=_exact_pages(exact, key.dtype),
         )
@@ -245,7 +246,7 @@ class CpuKernels:
         plan: BatchPlan,
         block_table: torch.Tensor,
         scale: float,
-        key_centre: torch.Tensor | None = None,
+        key_frame: torch.Tensor | None = None,
         exact: ExactBlocks | None = None,
         exact_block_table: torch.Tensor | None = None,
     ) -> None:
@@ -257,7 +258,7 @@ class CpuKernels:
               [num_requests, ...] int32; cache as for `store`
         """
         rows, chunks = (plan.every, ()) if cache is None else (plan.rows, plan.chunks)
-        self._attend_rows(query, key, value, out, cache, rows, block_table, scale, key_centre, exact, exact_block_table)
+        self._attend_rows(query, key, value, out, cache, rows, block_table, scale, key_frame, exact, exact_block_table)
         for request, start, length, context in chunks:
             part = slice(start, start + length)
             self._attend_chunk(
@@ -269,13 +270,13 @@ class CpuKernels:
                 context,
                 block_table[request],
                 scale,
-                key_centre,
+                key_frame,
                 exact,
                 exact_block_table[request] if exact else None,
             )
 
     def _attend_rows(
-        self, query, key, value, out, cache, rows, block_table, scale, key_centre, exact, exact_block_table
+        self, query, key, value, out, cache, rows, block_table, scale, key_frame, exact, exact_block_table
     ) -> None:
         indices, query_start, query_lens, seq_lens = rows
         if not len(seq_lens):
@@ -306,21 +307,23 @@ class CpuKernels:
             exact_table_stride=exact_block_table.stride(0) if exact else 0,
             residual_tokens=exact.residual_tokens if exact else 0,
             sink_tokens=exact.sink_tokens if exact else 0,
-            key_centre=_address(key_centre, torch.float32),
+            key_frame=_address(key_frame, torch.float32),
             scale=scale,
         )
         self._library.pq_attend(ctypes.byref(arguments))
 
     def _attend_chunk(
-        self, query, key, value, out, cache, context, block_table, scale, key_centre, exact, exact_block_table
+        self, query, key, value, out, cache, context, block_table, scale, key_frame, exact, exact_block_table
     ) -> None:
         """A long chunk of one request: itself and segments of its context by torch's attention, joined by their sums."""
         length, num_heads, head_size = query.shape
         num_kv_heads = key.shape[1]
         group = num_heads // num_kv_heads
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # [heads, length, head_size]
-        if key_centre is not None:
-            key = (key.float() - key_centre[:, None]).to(query.dtype)
+        if key_frame is not None:
+            centre, factor, inverse = (row[:, None] for row in key_frame.unbind(1))
+            key = ((key.float() - centre) * factor).to(query.dtype)
+            query = query * inverse.repeat_interleave(group, dim=0).to(query.dtype)
         own_key, own_value = (x.repeat_interleave(group, dim=0) for x in (key, value))
         own, log_sum = _flash(query, own_key, own_value, scale, causal=True)
         if not context:
@@ -333,7 +336,7 @@ class CpuKernels:
         for first in range(0, context, SEGMENT_TOKENS):
             count = min(SEGMENT_TOKENS, context - first)
             keys, values = self.dequantize(
-                cache, block_table, context, first, count, query.dtype, key_centre, exact, exact_block_table
+                cache, block_table, context, first, count, query.dtype, key_frame, exact, exact_block_table
             )
             part, part_log_sum = _flash(rotated, keys, values, scale, causal=False)
             part = part.reshape(num_heads, length, head_size).float()
@@ -360,7 +363,7 @@ class CpuKernels:
         first: int,
         count: int,
         dtype: torch.dtype,
-        key_centre: torch.Tensor | None = None,
+        key_frame: torch.Tensor | None = None,
         exact: ExactBlocks | None = None,
         exact_block_table: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -380,7 +383,7 @@ class CpuKernels:
             exact_table=_address(exact_block_table if exact else None, torch.int32),
             residual_tokens=exact.residual_tokens if exact else 0,
             sink_tokens=exact.sink_tokens if exact else 0,
-            key_centre=_address(key_centre, torch.float32),
+            key_frame=_address(key_frame, torch.float32),
             num_kv_heads=cache.shape[1],
             dtype=_dtype(keys),
             context=context,

@@ -237,7 +237,7 @@ def _decode_kernel(
     block_table_ptr,   # [num_requests, ...] int32
     exact_ptr,         # [num_blocks, KV_HEADS, EXACT_BLOCK, 2 * D]
     exact_table_ptr,   # [num_requests, ...] int32, 0 = null block
-    centre_ptr,        # [KV_HEADS, D] fp32
+    frame_ptr,         # [KV_HEADS, 3, D] fp32: centre, scale, 1 / scale
     signs_ptr,         # [D] fp32, scaled_signs
     tiles_ptr,         # [2 * num_requests] int32: units of exact tokens, then tiles of packed ones
     cost_ptr,          # [2 * num_requests + 1] int32, cost of the segments before each
@@ -258,7 +258,7 @@ def _decode_kernel(
     KEY_ASM: gl.constexpr, VALUE_ASM: gl.constexpr, KEY_TABLE: gl.constexpr, VALUE_TABLE: gl.constexpr,
     KEY_SHAPE: gl.constexpr, KEY_AXES: gl.constexpr,
     BLOCK_TILES: gl.constexpr, RESIDUAL: gl.constexpr, SINKS: gl.constexpr, EXACT_BLOCK: gl.constexpr,
-    HAS_CENTRE: gl.constexpr, EXACT_STAGES: gl.constexpr,
+    HAS_FRAME: gl.constexpr, EXACT_STAGES: gl.constexpr,
     STAGES: gl.constexpr, FIELDS: gl.constexpr, COST: gl.constexpr, KEY_PARTS: gl.constexpr,
     MMA: gl.constexpr, LP: gl.constexpr, LSUM: gl.constexpr, LKEY: gl.constexpr, LQUERY: gl.constexpr,
 ):  # fmt: skip
@@ -291,10 +291,10 @@ def _decode_kernel(
             row0 = (segment % ROW_BLOCKS) * (8 * R)
             out, lse = attend_exact(
                 t0, t1, row0, query0, queries, context, head, exact_table_ptr + b.to(gl.int64) * stride_exact_table,
-                query_ptr, key_ptr, value_ptr, exact_ptr, centre_ptr, scale,
+                query_ptr, key_ptr, value_ptr, exact_ptr, frame_ptr, scale,
                 stride_q_token, stride_q_head, stride_k_token, stride_k_head, stride_v_token, stride_v_head,
                 stride_exact, stride_exact_head,
-                GROUP, 8 * R, D, EXACT_BLOCK, RESIDUAL, SINKS, HAS_CENTRE, EXACT_STAGES, MMA,
+                GROUP, 8 * R, D, EXACT_BLOCK, RESIDUAL, SINKS, HAS_FRAME, EXACT_STAGES, MMA,
             )  # fmt: skip
             if (t0 == 0) & (t1 == tiles):
                 index = 2 * num_runs + b * HEADS + segment
@@ -346,7 +346,19 @@ def _decode_kernel(
                     plain_end = context - RESIDUAL + 1
                 row0 = (segment % ROW_BLOCKS) * (8 * R)
                 raw_query, signs = load_queries(
-                    query_ptr, signs_ptr, row0, query0, queries, head, stride_q_token, stride_q_head, GROUP, 8 * R, D
+                    query_ptr,
+                    signs_ptr,
+                    frame_ptr,
+                    row0,
+                    query0,
+                    queries,
+                    head,
+                    stride_q_token,
+                    stride_q_head,
+                    GROUP,
+                    8 * R,
+                    D,
+                    HAS_FRAME,
                 )
                 for s in gl.static_range(STAGES - 1):
                     page = gl.load(table + gl.minimum(t0 + s, tiles - 1) // BLOCK_TILES).to(gl.int64)
@@ -560,7 +572,7 @@ def attend(
     runs: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    key_centre: torch.Tensor | None = None,
+    key_frame: torch.Tensor | None = None,
     exact: ExactBlocks | None = None,
     exact_table: torch.Tensor | None = None,
 ) -> None:
@@ -573,7 +585,7 @@ def attend(
           query_start_loc [num_requests + 1], seq_lens [num_requests] int32; scale_log2: softmax scale * log2(e); tiles [2 *
           num_requests], cost [2 * num_requests + 1], runs [num_runs, RUN_FIELDS] int32 from plan_runs; out [2 * num_runs +
           2 * num_requests * num_kv_heads * row_blocks, 8 * row_sets, head_size] and lse [.., 8 * row_sets] fp32 (log2;
-          -inf: nothing seen); key_centre [num_kv_heads, head_size] fp32
+          -inf: nothing seen); key_frame [num_kv_heads, 3, head_size] fp32
 
     Raises: ValueError if the tokens of an exact block do not follow one another without gaps.
     """
@@ -593,7 +605,7 @@ def attend(
         block_table,
         exact.cache if exact else query,
         exact_table if exact else block_table,
-        lse if key_centre is None else key_centre,
+        lse if key_frame is None else key_frame,
         scaled_signs(head_size, out.device),
         tiles,
         cost,
@@ -636,7 +648,7 @@ def attend(
         RESIDUAL=exact.residual_tokens if exact else 0,
         SINKS=exact.sink_tokens if exact else 0,
         EXACT_BLOCK=exact.cache.shape[2] if exact else 1,
-        HAS_CENTRE=key_centre is not None,
+        HAS_FRAME=key_frame is not None,
         EXACT_STAGES=tuned.exact_stages,
         STAGES=tuned.stages,
         FIELDS=RUN_FIELDS,

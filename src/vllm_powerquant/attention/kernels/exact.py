@@ -52,7 +52,7 @@ def _exact_kernel(
     table_ptr,        # [num_requests, ...] int32, 0 = null block
     query_start_ptr,  # [num_requests + 1] int32
     seq_lens_ptr,     # [num_requests] int32
-    centre_ptr,       # [KV_HEADS, D] fp32
+    frame_ptr,        # [KV_HEADS, 3, D] fp32
     out_ptr,          # [num_tokens * num_heads, D] fp32
     lse_ptr,          # [num_tokens * num_heads] fp32, in bits
     scale,
@@ -61,7 +61,7 @@ def _exact_kernel(
     stride_block: tl.int64, stride_block_head: tl.int64, stride_block_token: tl.int64, stride_table,
     residual, sinks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, EXACT_BLOCK: tl.constexpr,
-    HAS_EXACT: tl.constexpr, HAS_CENTRE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    HAS_EXACT: tl.constexpr, HAS_FRAME: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     b, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(query_start_ptr + b)
@@ -77,8 +77,8 @@ def _exact_kernel(
         q_at = query_ptr + token * stride_q_token + (head * GROUP + j % GROUP) * stride_q_head
         q = tl.load(q_at[:, None] + d[None, :], mask=valid[:, None] & in_head[None, :], other=0.0)
         minus = tl.zeros([M], tl.float32)
-        if HAS_CENTRE:
-            centre = tl.load(centre_ptr + head * D + d, mask=in_head, other=0.0)
+        if HAS_FRAME:
+            centre = tl.load(frame_ptr + head * (3 * D) + d, mask=in_head, other=0.0)
             minus = tl.sum(q.to(tl.float32) * centre[None, :], 1) * scale
         highest = tl.full([M], float("-inf"), tl.float32)
         norm = tl.zeros([M], tl.float32)
@@ -130,7 +130,7 @@ def attend_exact(
     seq_lens: torch.Tensor,
     max_query_len: int,
     scale_log2: float,
-    key_centre: torch.Tensor | None = None,
+    key_frame: torch.Tensor | None = None,
     exact: ExactBlocks | None = None,
     exact_table: torch.Tensor | None = None,
 ) -> None:
@@ -154,7 +154,7 @@ def attend_exact(
         exact_table if exact else query_start_loc,
         query_start_loc,
         seq_lens,
-        lse if key_centre is None else key_centre,
+        lse if key_frame is None else key_frame,
         out,
         lse,
         scale_log2,
@@ -176,7 +176,7 @@ def attend_exact(
         PADDED=triton.next_power_of_2(head_size),
         EXACT_BLOCK=exact.cache.shape[2] if exact else 1,
         HAS_EXACT=exact is not None,
-        HAS_CENTRE=key_centre is not None,
+        HAS_FRAME=key_frame is not None,
         M=m,
         N=TOKENS if head_size <= 128 else TOKENS // 2,
         num_warps=WARPS,

@@ -43,12 +43,12 @@ def attend_exact(
     key_ptr,     # [num_tokens, num_kv_heads, D]
     value_ptr,
     exact_ptr,   # [num_blocks, num_kv_heads, EXACT_BLOCK, 2 * D], the last two dimensions without gaps
-    centre_ptr,  # [num_kv_heads, D] fp32
+    frame_ptr,   # [num_kv_heads, 3, D] fp32
     scale,
     stride_q_token, stride_q_head, stride_k_token, stride_k_head, stride_v_token, stride_v_head,
     stride_block, stride_block_head,
     GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, EXACT_BLOCK: gl.constexpr, RESIDUAL: gl.constexpr,
-    SINKS: gl.constexpr, HAS_CENTRE: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr,
+    SINKS: gl.constexpr, HAS_FRAME: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
     """Attention of rows row0 .. row0 + ROWS of a kv head over units unit0 .. unit1 of a request.
 
@@ -97,8 +97,8 @@ def attend_exact(
         # tokens that are not read have no weight, but 0 * NaN would count
         smem.index(stage).store(gl.zeros([UNIT, 2 * D], DTYPE, layout=LC2))
     minus = gl.zeros([16], gl.float32, layout=LROW)
-    if HAS_CENTRE:
-        centre = gl.load(centre_ptr + head * D + d)
+    if HAS_FRAME:
+        centre = gl.load(frame_ptr + head * (3 * D) + d)
         minus = gl.convert_layout(gl.sum(q.to(gl.float32) * centre[None, :], 1), LROW) * scale
     in_chunk = (row0 + gl.arange(0, 16, layout=LROW)) // GROUP
     highest = gl.full([16], float("-inf"), gl.float32, layout=LROW)

@@ -65,15 +65,15 @@ class GpuKernels:
         block_size: int,
         exact_block_size: int | None,
         exact: tuple[int, int],
-        key_centre: torch.Tensor | None = None,
+        key_frame: torch.Tensor | None = None,
     ) -> None:
         """Compile what a step can ask for, once, so that nothing is compiled while requests wait.
 
         Args: block_size: tokens of a packed block; exact_block_size: of an exact one, None without; exact: residual_tokens
-              and sink_tokens; key_centre: any one, if layers have one
+              and sink_tokens; key_frame: any one, if layers have one
         """
         dtype, heads, d = workspace.keys.dtype, self.rows.num_kv_heads, self.format.head_size
-        variant = (dtype, block_size, exact_block_size, exact, key_centre is not None)
+        variant = (dtype, block_size, exact_block_size, exact, key_frame is not None)
         if variant in self._warm:
             return
         self._warm.add(variant)
@@ -83,8 +83,8 @@ class GpuKernels:
         if exact_block_size is not None:
             rows = torch.zeros(1, heads, exact_block_size, 2 * d, dtype=dtype, device=self.device)
             blocks = ExactBlocks(rows, *exact)
-        self.rows.warm_up(dtype, cache, blocks, key_centre)
-        self._warm_up_store(dtype, cache, blocks, key_centre)
+        self.rows.warm_up(dtype, cache, blocks, key_frame)
+        self._warm_up_store(dtype, cache, blocks, key_frame)
         # a chunk by itself, one behind a block of context, and one behind more than the workspace holds
         for context in (0, block_size, workspace.num_pages * PAGE_TOKENS + block_size):
             n = self.max_row_queries + 1
@@ -99,7 +99,7 @@ class GpuKernels:
                 dtype=torch.int32,
                 device=self.device,
             )
-            self.attend(query, key, key, torch.empty_like(query), cache, step, table, d**-0.5, key_centre, blocks, table)
+            self.attend(query, key, key, torch.empty_like(query), cache, step, table, d**-0.5, key_frame, blocks, table)
 
     def warm_up_protected(self, dtype: torch.dtype, block_size: int) -> None:
         """As warm_up, for protected layers, whose pages of block_size tokens are in the model's own type."""
@@ -113,7 +113,7 @@ class GpuKernels:
         clear_tails(rows.transpose(1, 2)[..., d:], nothing[0], nothing)
 
     def _warm_up_store(
-        self, dtype: torch.dtype, cache: torch.Tensor | None, exact: ExactBlocks | None, key_centre: torch.Tensor | None
+        self, dtype: torch.dtype, cache: torch.Tensor | None, exact: ExactBlocks | None, key_frame: torch.Tensor | None
     ) -> None:
         """Few tokens and many, all of them padding."""
         heads = self.rows.num_kv_heads
@@ -121,7 +121,7 @@ class GpuKernels:
             key = torch.zeros(tokens, heads, self.format.head_size, dtype=dtype, device=self.device)
             padding = torch.full((tokens,), -1, dtype=torch.int64, device=self.device)
             slots, exact_slots = (padding if x is not None else None for x in (cache, exact))
-            self.store(cache, key, key, slots, key_centre, exact, exact_slots)
+            self.store(cache, key, key, slots, key_frame, exact, exact_slots)
 
     def store(
         self,
@@ -129,12 +129,12 @@ class GpuKernels:
         key: torch.Tensor,
         value: torch.Tensor,
         slot_mapping: torch.Tensor | None,
-        key_centre: torch.Tensor | None = None,
+        key_frame: torch.Tensor | None = None,
         exact: ExactBlocks | None = None,
         exact_slot_mapping: torch.Tensor | None = None,
     ) -> None:
         """As CpuKernels.store, on the device."""
-        store(self.format, cache, key, value, slot_mapping, key_centre, exact, exact_slot_mapping)
+        store(self.format, cache, key, value, slot_mapping, key_frame, exact, exact_slot_mapping)
 
     def attend(
         self,
@@ -146,7 +146,7 @@ class GpuKernels:
         plan: StepPlan,
         block_table: torch.Tensor,
         scale: float,
-        key_centre: torch.Tensor | None = None,
+        key_frame: torch.Tensor | None = None,
         exact: ExactBlocks | None = None,
         exact_block_table: torch.Tensor | None = None,
     ) -> None:
@@ -180,7 +180,7 @@ class GpuKernels:
                 plan,
                 block_table[:n],
                 scale,
-                key_centre,
+                key_frame,
                 exact,
                 exact_block_table[:n] if exact else None,
             )
@@ -198,7 +198,7 @@ class GpuKernels:
                 plan.seq_lens[n:],
                 plan.chunks,
                 scale,
-                key_centre,
+                key_frame,
                 exact,
                 exact_block_table[n:] if exact else None,
             )

@@ -204,7 +204,7 @@ def attend_chunks(
     seq_lens: torch.Tensor,
     plan: ChunkPlan,
     scale: float,
-    key_centre: torch.Tensor | None = None,
+    key_frame: torch.Tensor | None = None,
     exact: ExactBlocks | None = None,
     exact_table: torch.Tensor | None = None,
 ) -> None:
@@ -212,7 +212,7 @@ def attend_chunks(
 
     Args: query, out [n, num_heads, head_size]; key, value [n, num_kv_heads, head_size], n = plan.num_tokens; cache
           [num_blocks, num_kv_heads, block_size, slot_bytes] uint8; block_table, exact_table [num_requests, ...],
-          query_start_loc [num_requests + 1] (from 0), seq_lens [num_requests] int32; key_centre [num_kv_heads, head_size]
+          query_start_loc [num_requests + 1] (from 0), seq_lens [num_requests] int32; key_frame [num_kv_heads, 3, head_size]
           fp32
     """
     workspace = plan.workspace
@@ -227,7 +227,7 @@ def attend_chunks(
         block_table,
         query_start_loc,
         seq_lens,
-        key_centre=key_centre,
+        key_frame=key_frame,
         exact=exact,
         exact_table=exact_table,
     )
@@ -284,10 +284,10 @@ def _join(version: int | None, out, lse, piece, piece_lse) -> torch.Tensor:
 
 @triton.jit
 def _store_unrotated(
-    levels, unit, matrix, matrix_ptr, centre_ptr, to, keep,
-    D: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, KEEP_MATRIX: tl.constexpr, HAS_CENTRE: tl.constexpr,
+    levels, unit, matrix, matrix_ptr, frame_ptr, to, keep,
+    D: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, KEEP_MATRIX: tl.constexpr, HAS_FRAME: tl.constexpr,
 ):  # fmt: skip
-    """levels [TILE, PADDED] fp16 times unit [TILE], rotated back, plus the centre, to the rows `to` [TILE, 1] to keep."""
+    """levels [TILE, PADDED] fp16 times unit [TILE], rotated back, out of the frame, to the rows `to` [TILE, 1] to keep."""
     k = tl.arange(0, PADDED)
     for start in tl.static_range(0, PADDED, COLUMNS):
         d = start + tl.arange(0, COLUMNS)
@@ -296,8 +296,9 @@ def _store_unrotated(
         else:
             x = tl.dot(levels, tl.load(matrix_ptr + k[:, None] * PADDED + d[None, :]))
         x *= unit[:, None]
-        if HAS_CENTRE:
-            x += tl.load(centre_ptr + d, mask=d < D, other=0.0)[None, :]
+        if HAS_FRAME:
+            centre = tl.load(frame_ptr + d, mask=d < D, other=0.0)
+            x = x * tl.load(frame_ptr + 2 * D + d, mask=d < D, other=0.0)[None, :] + centre[None, :]
         tl.store(to + d[None, :], x.to(to.dtype.element_ty), mask=keep & (d < D)[None, :])
 
 
@@ -312,7 +313,7 @@ def _gather_kernel(
     value_ptr,
     exact_ptr,        # [num_blocks, KV_HEADS, EXACT_BLOCK, 2 * D]
     exact_table_ptr,  # [num_requests, ...] int32, 0 = null block
-    centre_ptr,       # [KV_HEADS, D] fp32
+    frame_ptr,        # [KV_HEADS, 3, D] fp32: centre, scale, 1 / scale
     matrix_ptr,       # [PADDED, PADDED] fp16, entries +-1, padding 0: rotated channel by channel
     tiles_ptr,        # [num_tiles, 2] int32: request, tile of its sequence
     query_start_ptr,  # [num_requests + 1] int32
@@ -324,7 +325,7 @@ def _gather_kernel(
     stride_k_token: tl.int64, stride_k_head: tl.int64, stride_v_token: tl.int64, stride_v_head: tl.int64,
     stride_block: tl.int64, stride_block_head: tl.int64, stride_block_token: tl.int64, stride_exact_table,
     KV_HEADS: tl.constexpr, FORMAT: tl.constexpr, PAGE_TILES: tl.constexpr, EXACT_BLOCK: tl.constexpr,
-    HAS_EXACT: tl.constexpr, HAS_CENTRE: tl.constexpr, WITH_CHUNK: tl.constexpr,
+    HAS_EXACT: tl.constexpr, HAS_FRAME: tl.constexpr, WITH_CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr, KEEP_MATRIX: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = FORMAT.head_size
@@ -372,13 +373,13 @@ def _gather_kernel(
                 levels = load_key_levels(sub_page, pos, FORMAT, tl.float16)
                 unit = load_key_scales(sub_page, pos, FORMAT) * inverse_root
                 _store_unrotated(
-                    levels, unit, matrix, matrix_ptr, centre_ptr + head * D, out_keys_ptr + to, packed[:, None],
-                    D, PADDED, COLUMNS, KEEP_MATRIX, HAS_CENTRE,
+                    levels, unit, matrix, matrix_ptr, frame_ptr + head * (3 * D), out_keys_ptr + to, packed[:, None],
+                    D, PADDED, COLUMNS, KEEP_MATRIX, HAS_FRAME,
                 )  # fmt: skip
                 levels = load_value_levels(sub_page, pos, FORMAT, tl.float16)
                 unit = load_value_scales(sub_page, pos, FORMAT) * inverse_root
                 _store_unrotated(
-                    levels, unit, matrix, matrix_ptr, centre_ptr, out_values_ptr + to, packed[:, None],
+                    levels, unit, matrix, matrix_ptr, frame_ptr, out_values_ptr + to, packed[:, None],
                     D, PADDED, COLUMNS, KEEP_MATRIX, False,
                 )  # fmt: skip
             if first + TILE > context:
@@ -425,7 +426,7 @@ def gather_context(
     seq_lens: torch.Tensor,
     tiles: torch.Tensor,
     with_chunk: bool,
-    key_centre: torch.Tensor | None = None,
+    key_frame: torch.Tensor | None = None,
     exact: ExactBlocks | None = None,
     exact_table: torch.Tensor | None = None,
 ) -> None:
@@ -450,7 +451,7 @@ def gather_context(
         value,
         exact.cache if exact else key,
         exact_table if exact else block_table,
-        tiles if key_centre is None else key_centre,
+        tiles if key_frame is None else key_frame,
         _matrix(cache_format.head_size, key.device),
         tiles,
         query_start_loc,
@@ -477,7 +478,7 @@ def gather_context(
         PAGE_TILES=cache.shape[2] // SUB_PAGE_TOKENS,
         EXACT_BLOCK=exact.cache.shape[2] if exact else 1,
         HAS_EXACT=exact is not None,
-        HAS_CENTRE=key_centre is not None,
+        HAS_FRAME=key_frame is not None,
         WITH_CHUNK=with_chunk,
         COLUMNS=columns,
         KEEP_MATRIX=keep_matrix,

@@ -18,12 +18,14 @@ ROWS = 16
 def _rotate_queries_kernel(
     query_ptr,   # [num_tokens, NUM_HEADS, D]
     matrix_ptr,  # [D, D] int8, +-1: output coordinate by input channel
+    frame_ptr,   # [NUM_HEADS / GROUP, 3, D] fp32: centre, scale, 1 / scale
     out_ptr,     # [num_tokens * NUM_HEADS, D] fp16
     scale_ptr,   # [num_tokens * NUM_HEADS] fp32
     num_rows,
     unit,
     stride_token: tl.int64, stride_head: tl.int64,
-    NUM_HEADS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HAS_FRAME: tl.constexpr,
+    D: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_rows = row < num_rows
@@ -33,6 +35,10 @@ def _rotate_queries_kernel(
     for start in tl.static_range(0, D, CHUNK):
         d = start + tl.arange(0, CHUNK)
         q = tl.load(source[:, None] + d[None, :], mask=in_rows[:, None] & (d < D)[None, :], other=0.0)
+        if HAS_FRAME:
+            inverse = frame_ptr + (row % NUM_HEADS // GROUP) * (3 * D) + 2 * D
+            # a power of two: exact
+            q = q * tl.load(inverse[:, None] + d[None, :], mask=in_rows[:, None] & (d < D)[None, :], other=0.0).to(q.dtype)
         m = tl.load(matrix_ptr + k[None, :] * D + d[:, None], mask=(k < D)[None, :] & (d < D)[:, None], other=0)
         x += dot(q, m.to(tl.float32).to(q.dtype))
     largest = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)
@@ -41,14 +47,21 @@ def _rotate_queries_kernel(
     tl.store(out_ptr + to, (x / largest[:, None]).to(tl.float16), mask=in_rows[:, None] & (k < D)[None, :])
 
 
-def rotate_queries(query: torch.Tensor, matrix: torch.Tensor, unit: float, out: torch.Tensor, scale: torch.Tensor) -> None:
-    """Rows of `matrix` times each query, as out * scale / unit.
+def rotate_queries(
+    query: torch.Tensor,
+    matrix: torch.Tensor,
+    unit: float,
+    out: torch.Tensor,
+    scale: torch.Tensor,
+    key_frame: torch.Tensor | None = None,
+) -> None:
+    """Rows of `matrix` times each query in the keys' frame, as out * scale / unit.
 
     A score in bits is then <out, level + 1/2> * scale * (the key's stored scale).
 
     Args: query [num_tokens, num_heads, head_size]; matrix [head_size, head_size] int8 +-1, sqrt(head_size) times a rotation;
           unit: softmax scale * log2(e) / sqrt(head_size); out [num_tokens * num_heads, head_size] fp16; scale [num_tokens *
-          num_heads] fp32
+          num_heads] fp32; key_frame [num_kv_heads, 3, head_size] fp32
     """
     num_tokens, num_heads, head_size = query.shape
     padded = triton.next_power_of_2(head_size)
@@ -56,6 +69,7 @@ def rotate_queries(query: torch.Tensor, matrix: torch.Tensor, unit: float, out: 
     _rotate_queries_kernel[(triton.cdiv(num_rows, ROWS),)](
         query,
         matrix,
+        matrix if key_frame is None else key_frame,
         out,
         scale,
         num_rows,
@@ -63,6 +77,8 @@ def rotate_queries(query: torch.Tensor, matrix: torch.Tensor, unit: float, out: 
         query.stride(0),
         query.stride(1),
         NUM_HEADS=num_heads,
+        GROUP=1 if key_frame is None else num_heads // key_frame.shape[0],
+        HAS_FRAME=key_frame is not None,
         D=head_size,
         PADDED=padded,
         CHUNK=min(64, padded),

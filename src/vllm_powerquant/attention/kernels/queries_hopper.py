@@ -24,13 +24,13 @@ def sum_of_fixed(x):
 
 @gluon.jit
 def load_queries(
-    query_ptr, signs_ptr, first, query0, queries, head, stride_token, stride_head,
-    GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr,
+    query_ptr, signs_ptr, frame_ptr, first, query0, queries, head, stride_token, stride_head,
+    GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, HAS_FRAME: gl.constexpr,
 ):  # fmt: skip
     """Rows first .. first + ROWS of a kv head's queries: row j is token query0 + j // GROUP, head j % GROUP of the group.
 
-    Args: signs_ptr: scaled_signs
-    Returns: queries [ROWS, D], zero in rows past the last; signs [D]
+    Args: signs_ptr: scaled_signs; frame_ptr [num_kv_heads, 3, D]: centre, scale, 1 / scale
+    Returns: queries [ROWS, D], zero in rows past the last; signs [D], times 1 / scale
     """
     # a lane holds consecutive channels of a row
     L: gl.constexpr = gl.BlockedLayout([1, D // _LANES], [32 // _LANES, _LANES], [gl.num_warps(), 1], [1, 0])
@@ -40,7 +40,10 @@ def load_queries(
     token = query0 + in_chunk
     at = token.to(gl.int64) * stride_token + (head * GROUP + j % GROUP) * stride_head
     q = gl.load(query_ptr + at[:, None] + d[None, :], mask=(in_chunk < queries)[:, None] & (d >= 0)[None, :], other=0.0)
-    return q, gl.load(signs_ptr + d)
+    signs = gl.load(signs_ptr + d)
+    if HAS_FRAME:
+        signs *= gl.load(frame_ptr + head * (3 * D) + 2 * D + d)
+    return q, signs
 
 
 @gluon.jit

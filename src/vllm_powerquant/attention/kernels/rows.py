@@ -74,7 +74,7 @@ class PortableRows:
         plan: StepPlan,
         block_table: torch.Tensor,
         scale: float,
-        key_centre: torch.Tensor | None,
+        key_frame: torch.Tensor | None,
         exact: ExactBlocks | None,
         exact_table: torch.Tensor | None,
     ) -> None:
@@ -84,10 +84,10 @@ class PortableRows:
         exact_out, exact_lse = buffers.exact[:rows], buffers.exact_lse[:rows]
         log2_scale = scale * LOG2_E
         attend_exact(
-            query, key, value, exact_out, exact_lse, starts, seq_lens, longest, log2_scale, key_centre, exact, exact_table
+            query, key, value, exact_out, exact_lse, starts, seq_lens, longest, log2_scale, key_frame, exact, exact_table
         )
         coordinates, q_scale = buffers.query[:rows], buffers.scale[:rows]
-        rotate_queries(query, self.matrix, log2_scale * d**-0.5, coordinates, q_scale)
+        rotate_queries(query, self.matrix, log2_scale * d**-0.5, coordinates, q_scale, key_frame)
         splits = self._num_splits(plan.num_rows)
         parts, lse = buffers.parts[: splits * rows].view(splits, rows, d), buffers.lse[: splits * rows].view(splits, rows)
         attend_packed(
@@ -108,8 +108,8 @@ class PortableRows:
         merge_splits(parts, lse, exact_out, exact_lse, self.matrix, out)
 
     def warm_up(
-        self, dtype: torch.dtype, cache: torch.Tensor, exact: ExactBlocks | None, key_centre: torch.Tensor | None = None
+        self, dtype: torch.dtype, cache: torch.Tensor, exact: ExactBlocks | None, key_frame: torch.Tensor | None = None
     ) -> None:
         """Compile every variant of the kernels that a step can ask for; arguments as for HopperRows.warm_up."""
         for queries in range(1, self.max_row_queries + 1):
-            warm_up_step(self, 1, queries, dtype, cache, exact, key_centre)
+            warm_up_step(self, 1, queries, dtype, cache, exact, key_frame)

@@ -80,7 +80,7 @@ class HopperRows:
         plan: StepPlan,
         block_table: torch.Tensor,
         scale: float,
-        key_centre: torch.Tensor | None,
+        key_frame: torch.Tensor | None,
         exact: ExactBlocks | None,
         exact_table: torch.Tensor | None,
     ) -> None:
@@ -115,7 +115,7 @@ class HopperRows:
             runs,
             parts,
             lse,
-            key_centre,
+            key_frame,
             exact,
             exact_table,
         )
@@ -161,11 +161,11 @@ class HopperRows:
         return plan.runs[key]
 
     def warm_up(
-        self, dtype: torch.dtype, cache: torch.Tensor, exact: ExactBlocks | None, key_centre: torch.Tensor | None = None
+        self, dtype: torch.dtype, cache: torch.Tensor, exact: ExactBlocks | None, key_frame: torch.Tensor | None = None
     ) -> None:
         """Compile every variant of the kernels that a step can ask for, so that none is compiled while requests wait.
 
-        Args: cache, exact, key_centre: as in a step, of one block at least; nothing is read from them
+        Args: cache, exact, key_frame: as in a step, of one block at least; nothing is read from them
         """
         variants = {}
         for queries in {1, self.max_row_queries}:
@@ -174,4 +174,4 @@ class HopperRows:
                 segments = n * self.num_kv_heads * self._row_blocks(queries)
                 variants[queries, launch_shape(runs, segments)] = n
         for (queries, _), n in variants.items():
-            warm_up_step(self, n, queries, dtype, cache, exact, key_centre)
+            warm_up_step(self, n, queries, dtype, cache, exact, key_frame)

@@ -76,7 +76,7 @@ class StepPlan:
 
 
 def warm_up_step(
-    rows, num_requests: int, queries: int, dtype: torch.dtype, cache: torch.Tensor, exact, key_centre: torch.Tensor | None
+    rows, num_requests: int, queries: int, dtype: torch.dtype, cache: torch.Tensor, exact, key_frame: torch.Tensor | None
 ) -> None:
     """One step of requests without context, so that nothing is read from the cache, through PortableRows or HopperRows."""
     device, d = rows.device, rows.format.head_size
@@ -86,4 +86,4 @@ def warm_up_step(
     query = torch.zeros(num_requests * queries, rows.num_heads, d, dtype=dtype, device=device)
     key = torch.zeros(num_requests * queries, rows.num_kv_heads, d, dtype=dtype, device=device)
     table = torch.zeros(num_requests, 1, dtype=torch.int32, device=device)
-    rows.attend(query, key, key, torch.empty_like(query), cache, step, table, d**-0.5, key_centre, exact, table)
+    rows.attend(query, key, key, torch.empty_like(query), cache, step, table, d**-0.5, key_frame, exact, table)

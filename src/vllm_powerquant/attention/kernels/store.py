@@ -48,7 +48,7 @@ def _store_columns(ptr, columns, mask, APART: tl.constexpr, STEP: tl.constexpr, 
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["slots_ptr", "exact_slots_ptr"])
 def _store_kernel(
     x_ptr,            # [num_tokens, num_kv_heads, head_size]: keys or values
-    centre_ptr,       # [num_kv_heads, head_size] fp32 to subtract, or None
+    frame_ptr,        # [num_kv_heads, 3, head_size] fp32: centre, scale, 1 / scale; or None
     slots_ptr,        # [num_tokens] int64
     cache_ptr,        # [num_blocks, num_kv_heads, BLOCK_SIZE, slot_bytes] uint8, or None
     exact_slots_ptr,  # [num_tokens] int64
@@ -84,8 +84,9 @@ def _store_kernel(
                 tl.store(to_ptr + offs, part, mask=copied)
             if cache_ptr is not None:
                 part = part.to(tl.float32)
-                if centre_ptr is not None:
-                    part = part - tl.load(centre_ptr + head * HEAD_SIZE + offs)
+                if frame_ptr is not None:
+                    frame = frame_ptr + head * (3 * HEAD_SIZE) + offs
+                    part = (part - tl.load(frame)) * tl.load(frame + HEAD_SIZE)
                 x = x + split_columns(part, 1 << bit)
     if cache_ptr is not None:
         slot = tl.load(slots_ptr + row, mask=real, other=-1)
@@ -116,7 +117,7 @@ def store(
     key: torch.Tensor,
     value: torch.Tensor,
     slot_mapping: torch.Tensor | None,
-    key_centre: torch.Tensor | None = None,
+    key_frame: torch.Tensor | None = None,
     exact: ExactBlocks | None = None,
     exact_slot_mapping: torch.Tensor | None = None,
     portable: bool = False,
@@ -130,12 +131,12 @@ def store(
     """
     exact_cache = exact.cache if exact else None
     slots, exact_slots = slot_mapping if cache is not None else None, exact_slot_mapping if exact else None
-    _check(cache_format, cache, key, value, slots, key_centre, exact_cache, exact_slots)
+    _check(cache_format, cache, key, value, slots, key_frame, exact_cache, exact_slots)
     num_tokens = (exact_slots if cache is None else slots).shape[0]
     if num_tokens == 0:
         return
     launch = _store_portable if portable or not _has_nvidia_kernel(key.device) else store_nvidia
-    launch(cache_format, cache, key, value, slots, key_centre, exact_cache, exact_slots, num_tokens)
+    launch(cache_format, cache, key, value, slots, key_frame, exact_cache, exact_slots, num_tokens)
 
 
 @functools.cache
@@ -143,14 +144,14 @@ def _has_nvidia_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and not triton.knobs.runtime.interpret
 
 
-def _check(cache_format, cache, key, value, slots, key_centre, exact_cache, exact_slots) -> None:
+def _check(cache_format, cache, key, value, slots, key_frame, exact_cache, exact_slots) -> None:
     if key.dtype != value.dtype or key.dtype not in _DTYPES:
         raise PowerQuantUnsupportedError(
             f"keys and values must share one of float32, bfloat16, float16, got {key.dtype} and {value.dtype}"
         )
     if key.stride(2) != 1 or value.stride(2) != 1:
         raise ValueError(f"the last dimension must be contiguous, got strides {key.stride()} and {value.stride()}")
-    for tensor, dtype in ((slots, torch.int64), (exact_slots, torch.int64), (key_centre, torch.float32)):
+    for tensor, dtype in ((slots, torch.int64), (exact_slots, torch.int64), (key_frame, torch.float32)):
         if tensor is not None and (tensor.dtype != dtype or not tensor.is_contiguous()):
             raise ValueError(f"expected a contiguous {dtype} tensor, got {tensor.dtype} with strides {tensor.stride()}")
     if cache is not None:
@@ -170,17 +171,17 @@ def _check(cache_format, cache, key, value, slots, key_centre, exact_cache, exac
         )
 
 
-def _store_portable(cache_format, cache, key, value, slots, key_centre, exact_cache, exact_slots, num_tokens) -> None:
+def _store_portable(cache_format, cache, key, value, slots, key_frame, exact_cache, exact_slots, num_tokens) -> None:
     head_size, num_kv_heads = cache_format.head_size, key.shape[1]
     # the columns of a byte lie in one lane: eight of each in planes of one bit, which 3 bits have
     group, fields = 4, 8 if 3 in (cache_format.key_bits, cache_format.value_bits) else 4
     lanes = head_size // (group * fields) if head_size & (head_size - 1) == 0 else 1
     # interpreted, a large program costs as much as a small one
     tokens = 128 // lanes if key.is_cuda else 256
-    for is_key, x, centre in ((True, key, key_centre), (False, value, None)):
+    for is_key, x, frame in ((True, key, key_frame), (False, value, None)):
         _store_kernel[(num_kv_heads, triton.cdiv(num_tokens, tokens))](
             x,
-            centre,
+            frame,
             slots,
             cache,
             exact_slots,

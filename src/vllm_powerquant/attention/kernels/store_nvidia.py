@@ -168,11 +168,17 @@ def _widen(x):
 
 
 @gluon.jit
+def _in_frame(x, frame, HEAD_SIZE: gl.constexpr):
+    """(x - centre) * scale; frame points to the centre of each element."""
+    return (x - gl.load(frame)) * gl.load(frame + HEAD_SIZE)
+
+
+@gluon.jit
 def _load_vectors(
-    ptr, row, centre_ptr, to_ptr, copied, stride_token,
+    ptr, row, frame_ptr, to_ptr, copied, stride_token,
     HEAD_SIZE: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr, COLUMN: gl.constexpr,
 ):  # fmt: skip
-    """Rows [TOKENS, 1] from ptr, copied to to_ptr (unless None), minus the centre (unless None), as columns of fp32."""
+    """Rows [TOKENS, 1] from ptr, copied to to_ptr (unless None), in the frame (unless None), as columns of fp32."""
     WIDTH: gl.constexpr = LANES * GROUP
     PIECE: gl.constexpr = gl.BlockedLayout([1, GROUP], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
     offs = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, PIECE))[None, :]
@@ -188,8 +194,8 @@ def _load_vectors(
     columns = ()
     for p in gl.static_range(len(pieces)):
         x = _widen(pieces[p])
-        if centre_ptr is not None:
-            x = x - gl.load(centre_ptr + (p * WIDTH + offs))
+        if frame_ptr is not None:
+            x = _in_frame(x, frame_ptr + (p * WIDTH + offs), HEAD_SIZE)
         piece = split_columns(x.reshape([x.shape[0], LANES, GROUP]), GROUP)
         for j in gl.static_range(GROUP):
             columns = columns + (gl.convert_layout(piece[j], COLUMN, assert_trivial=True),)
@@ -228,14 +234,14 @@ def _store_tile(tile, to_ptr, mask):
 
 
 @gluon.jit
-def _load_tile(tile, centre_ptr, HEAD_SIZE: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr, COLUMN: gl.constexpr):
+def _load_tile(tile, frame_ptr, HEAD_SIZE: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr, COLUMN: gl.constexpr):
     """_load_vectors from what _copy_tile returns, without a copy."""
     TOKENS: gl.constexpr = tile.shape[0]
     WIDTH: gl.constexpr = LANES * GROUP
     PIECES: gl.constexpr = gl.BlockedLayout([1, GROUP], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
     x = _widen(tile.load(PIECES))
-    if centre_ptr is not None:
-        x = x - gl.load(centre_ptr + gl.arange(0, HEAD_SIZE, layout=gl.SliceLayout(0, PIECES))[None, :])
+    if frame_ptr is not None:
+        x = _in_frame(x, frame_ptr + gl.arange(0, HEAD_SIZE, layout=gl.SliceLayout(0, PIECES))[None, :], HEAD_SIZE)
     x = x.reshape([TOKENS, HEAD_SIZE // WIDTH, LANES, GROUP]).permute(0, 2, 1, 3)
     parts = split_columns(x.reshape([TOKENS, LANES, HEAD_SIZE // LANES]), HEAD_SIZE // LANES)
     columns = ()
@@ -335,7 +341,7 @@ def _value_bytes(h, inverse, lane, LANES: gl.constexpr, GROUP: gl.constexpr, PTX
 
 @gluon.jit
 def _store_vectors(
-    ptr, tile, row, centre_ptr, to_ptr, copied, cache_ptr, slot, packed, magnitudes, other_bytes,
+    ptr, tile, row, frame_ptr, to_ptr, copied, cache_ptr, slot, packed, magnitudes, other_bytes,
     stride_token, stride_block,
     IS_KEY: gl.constexpr, FORMAT: gl.constexpr, VECTORS: gl.constexpr, PTX: gl.constexpr,
     BLOCK_SIZE: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr, COLUMN: gl.constexpr,
@@ -349,9 +355,9 @@ def _store_vectors(
     OUTER: gl.constexpr = FORMAT.outer
     COUNT: gl.constexpr = HEAD_SIZE // LANES
     if tile is not None:
-        x = _load_tile(tile, centre_ptr, HEAD_SIZE, LANES, GROUP, COLUMN)
+        x = _load_tile(tile, frame_ptr, HEAD_SIZE, LANES, GROUP, COLUMN)
     else:
-        x = _load_vectors(ptr, row, centre_ptr, to_ptr, copied, stride_token, HEAD_SIZE, LANES, GROUP, COLUMN)
+        x = _load_vectors(ptr, row, frame_ptr, to_ptr, copied, stride_token, HEAD_SIZE, LANES, GROUP, COLUMN)
     if cache_ptr is not None:
         lane = gl.arange(0, LANES, layout=gl.SliceLayout(0, COLUMN))[None, :]
         h = hadamard(x, lane, COUNT, LANES, GROUP, SIGNS, OUTER)
@@ -400,7 +406,7 @@ def _store_vectors(
 )
 def _store_kernel(
     key_ptr, value_ptr,  # [num_tokens, num_kv_heads, head_size]
-    centre_ptr,          # [num_kv_heads, head_size] fp32, or None
+    frame_ptr,           # [num_kv_heads, 3, head_size] fp32: centre, scale, 1 / scale; or None
     slots_ptr,           # [num_tokens] int64
     cache_ptr,           # [num_blocks, num_kv_heads, BLOCK_SIZE, slot_bytes] uint8, or None
     exact_slots_ptr,     # [num_tokens] int64
@@ -459,7 +465,7 @@ def _store_kernel(
             key_ptr,
             key_tile,
             row,
-            None if centre_ptr is None else centre_ptr + head * FORMAT.head_size,
+            None if frame_ptr is None else frame_ptr + head * (3 * FORMAT.head_size),
             to_ptr, copied, cache_ptr, slot, packed, magnitudes, other_bytes, stride_key_token, stride_block,
             True, FORMAT, KEYS, KEY_PTX, BLOCK_SIZE, LANES, GROUP, COLUMN,
         )  # fmt: skip
@@ -508,7 +514,7 @@ def store_nvidia(
     key: torch.Tensor,
     value: torch.Tensor,
     slots: torch.Tensor | None,
-    key_centre: torch.Tensor | None,
+    key_frame: torch.Tensor | None,
     exact_cache: torch.Tensor | None,
     exact_slots: torch.Tensor | None,
     num_tokens: int,
@@ -526,7 +532,7 @@ def store_nvidia(
     _store_kernel[(num_kv_heads, triton.cdiv(num_tokens, warps * 32 // lanes), 1 if tiled else 2)](
         key,
         value,
-        key_centre,
+        key_frame,
         slots,
         cache,
         exact_slots,

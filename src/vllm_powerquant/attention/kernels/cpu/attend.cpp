@@ -34,7 +34,7 @@ struct AttendArgs {
   const int32_t* exact_table;      // block ids, 0 = null block
   int64_t exact_table_stride;
   int32_t residual_tokens, sink_tokens;
-  const float* key_centre;         // [num_kv_heads, head_size] or null
+  const float* key_frame;         // [num_kv_heads, 3, head_size] (centre, scale, 1 / scale) or null
   float scale;                     // of the scores
 };
 
@@ -53,7 +53,7 @@ struct Scratch {
   alignas(64) float exact_rows[kTokens * kMaxHeadSize];  // keys as they come
   alignas(64) float exact_keys[kMaxHeadSize * kTokens];  // [head_size][64 tokens]
   alignas(64) float exact_values[kTokens * kMaxHeadSize];
-  alignas(64) float query[kRows * kMaxHeadSize];         // raw, times scale * log2(e)
+  alignas(64) float query[kRows * kMaxHeadSize];         // in the keys' frame, times scale * log2(e)
   alignas(64) int8_t query_high[kRows * kMaxHeadSize], query_low[kRows * kMaxHeadSize];  // rotated, fixed point
   float query_unit[kRows];                               // value of one unit of the fixed point
   int32_t query_sum[kRows];
@@ -215,8 +215,10 @@ struct ExactTile {
     const int d = c.d;
     float* row = s.exact_rows + count * d;
     load_floats(key, c.a.dtype, d, row);
-    if (c.a.key_centre)
-      for (int i = 0; i < d; ++i) row[i] -= c.a.key_centre[head * d + i];
+    if (c.a.key_frame) {
+      const float* frame = c.a.key_frame + head * 3 * d;
+      for (int i = 0; i < d; ++i) row[i] = (row[i] - frame[i]) * frame[d + i];
+    }
     load_floats(value, c.a.dtype, d, s.exact_values + count * d);
     ++count;
   }
@@ -313,7 +315,12 @@ void load_queries(const Context& c, Scratch& s, const Task& task) {
   for (int row = 0; row < task.num_queries * task.num_heads; ++row) {
     const int64_t token = c.a.query_start[task.request] + task.first_query + row / task.num_heads;
     float* q = s.query + row * d;
-    load_floats(raw_row(c, c.a.query, token, task.first_head + row % task.num_heads), c.a.dtype, d, q);
+    const int64_t head = task.first_head + row % task.num_heads;
+    load_floats(raw_row(c, c.a.query, token, head), c.a.dtype, d, q);
+    if (c.a.key_frame) {
+      const float* frame = c.a.key_frame + head / (c.a.num_heads / c.a.num_kv_heads) * 3 * d;
+      for (int i = 0; i < d; ++i) q[i] *= frame[2 * d + i];
+    }
     for (int i = 0; i < d; ++i) {
       s.row[i] = q[i] * f.signs[i];
       q[i] *= unit;

@@ -14,7 +14,7 @@ struct DequantizeArgs {
   Pages exact;                     // data null: none
   const int32_t* exact_table;
   int32_t residual_tokens, sink_tokens;
-  const float* key_centre;         // [num_kv_heads, head_size] or null
+  const float* key_frame;         // [num_kv_heads, 3, head_size] (centre, scale, 1 / scale) or null
   int32_t num_kv_heads, dtype;
   int64_t context;                 // tokens before the request's chunk
   int64_t first, count;            // tokens to dequantize; first is a multiple of 64
@@ -55,7 +55,10 @@ void dequantize_tile(const DequantizeArgs& a, Workspace& s, int head, int64_t ti
       for (int half = 0; half < 2; ++half) {
         load_floats(at + half * d * bytes, a.dtype, d, s.row);
         for (int i = 0; i < d; ++i) {
-          if (half == 0 && a.key_centre) s.row[i] -= a.key_centre[head * d + i];
+          if (half == 0 && a.key_frame) {
+            const float* frame = a.key_frame + head * 3 * d;
+            s.row[i] = (s.row[i] - frame[i]) * frame[d + i];
+          }
           s.row[i] *= f.signs[i] * orthonormal;
         }
         hadamard(s.row, s.row_scratch, d, f.outer_order, f.outer, false);

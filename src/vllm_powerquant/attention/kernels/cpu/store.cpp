@@ -17,7 +17,7 @@ struct StoreArgs {
   int64_t num_tokens;
   const int64_t* slots;           // [num_tokens], below 0: padding
   Pages cache;                    // packed pages, or data null: none; the token stride is not used
-  const float* key_centre;        // [num_kv_heads, head_size] or null
+  const float* key_frame;        // [num_kv_heads, 3, head_size] (centre, scale, 1 / scale) or null
   const int64_t* exact_slots;     // [num_tokens] or null; block 0 is the null block and is not written
   Pages exact;                    // [.., block_size, 2 * head_size] of dtype: keys, then values
 };
@@ -155,8 +155,10 @@ void store_batch(const StoreArgs& a, int64_t first, int64_t count, bool is_key) 
     const int64_t vector = std::min(first + lane, first + count - 1);
     const int64_t token = vector / a.num_kv_heads, head = vector % a.num_kv_heads;
     load_floats(row(is_key ? a.key : a.value, token, head, bytes), a.dtype, d, x);
-    if (is_key && a.key_centre)
-      for (int i = 0; i < d; ++i) x[i] = x[i] - a.key_centre[head * d + i];
+    if (is_key && a.key_frame) {
+      const float* frame = a.key_frame + head * 3 * d;
+      for (int i = 0; i < d; ++i) x[i] = (x[i] - frame[i]) * frame[d + i];
+    }
     for (int i = 0; i < d; ++i) h[i][lane] = x[i] * f.signs[i];
   }
   hadamard(h, scratch, d, f.outer_order, f.outer, false);
