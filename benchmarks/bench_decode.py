@@ -80,13 +80,14 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.options = Options(args.layers, args.pool_layers, args.block_size, args.window, args.sinks)
+        self.options = Options(args.layers, args.pool_layers, args.block_size, args.window, args.sinks, args.calibrated)
         self.where = harness.environment(args.commit)
         self.measured: dict[tuple, harness.Row | None] = {}
         self.suffix = f" layers{args.layers}" if args.layers > 1 else ""
         self.suffix += f" pool{args.pool_layers}" if args.pool_layers > 1 else ""
         self.suffix += f" window{args.window} sinks{args.sinks}" if (args.window, args.sinks) != (128, 4) else ""
         self.suffix += f" block{args.block_size}" if args.block_size != 128 else ""
+        self.suffix += " calibrated" if args.calibrated else ""
         self.suffix += " flush-write" if args.flush == "write" else ""
 
     def row(self, case: Case, provider: str) -> harness.Row | None:
@@ -163,6 +164,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=128, help="ours; peers have vLLM's default, 16")
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--calibrated", action="store_true", help="ours with keys in a frame (POWERQUANT_CALIBRATION)")
     harness.add_arguments(parser)
     harness.add_timer_arguments(parser)
     args = parser.parse_args()

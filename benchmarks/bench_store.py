@@ -42,7 +42,7 @@ def slots(tokens: int, block_size: int) -> tuple[torch.Tensor, int]:
     return (blocks[position // block_size] * block_size + position % block_size).to(DEVICE), count + 1
 
 
-def powerquant(tokens: int, with_exact: bool = True) -> Setup:
+def powerquant(tokens: int, with_exact: bool = True, calibrated: bool = False) -> Setup:
     from vllm_powerquant.attention.cache_format import CacheFormat
     from vllm_powerquant.attention.kernels.cpu_kernels import ExactBlocks
     from vllm_powerquant.attention.kernels.gpu_kernels import GpuKernels
@@ -57,12 +57,13 @@ def powerquant(tokens: int, with_exact: bool = True) -> Setup:
         device=torch.device(DEVICE),
         dtype=key.dtype,
     )
+    frame = torch.ones(KV_HEADS, 3, HEAD_SIZE, device=DEVICE) if calibrated else None
     slot_mapping, num_blocks = slots(tokens, BLOCK_SIZE)
     slot_bytes = cache_format.layout.slot_bytes
     cache = torch.zeros(num_blocks, KV_HEADS, BLOCK_SIZE, slot_bytes, dtype=torch.uint8, device=DEVICE)
     moved = tokens * (8 + KV_HEADS * (4 * HEAD_SIZE + slot_bytes))
     if not with_exact:
-        return lambda: kernels.store(cache, key, value, slot_mapping), "K4/V2", moved
+        return lambda: kernels.store(cache, key, value, slot_mapping, frame), "K4/V2", moved
     exact_slots, exact_blocks = slots(tokens, EXACT_BLOCK)
     if tokens > DECODING:
         # block 0 is the null block: what lies between the first block and the window has no exact copy
@@ -72,12 +73,17 @@ def powerquant(tokens: int, with_exact: bool = True) -> Setup:
     rows = torch.zeros(exact_blocks, KV_HEADS, EXACT_BLOCK, 2 * HEAD_SIZE, dtype=torch.bfloat16, device=DEVICE)
     exact = ExactBlocks(rows, WINDOW, SINKS)
     moved += 8 * tokens + int((exact_slots >= EXACT_BLOCK).sum()) * KV_HEADS * 4 * HEAD_SIZE
-    return lambda: kernels.store(cache, key, value, slot_mapping, None, exact, exact_slots), "K4/V2", moved
+    return lambda: kernels.store(cache, key, value, slot_mapping, frame, exact, exact_slots), "K4/V2", moved
 
 
 def powerquant_packed(tokens: int) -> Setup:
     """Without exact blocks."""
     return powerquant(tokens, with_exact=False)
+
+
+def powerquant_calibrated(tokens: int) -> Setup:
+    """With keys in a frame."""
+    return powerquant(tokens, calibrated=True)
 
 
 def reshape_and_cache(tokens: int) -> Setup:
@@ -96,6 +102,7 @@ def reshape_and_cache(tokens: int) -> Setup:
 PROVIDERS = {
     "powerquant": powerquant,
     "powerquant_packed": powerquant_packed,
+    "powerquant_calibrated": powerquant_calibrated,
     "reshape_and_cache": reshape_and_cache,
 }
 

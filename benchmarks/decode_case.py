@@ -52,6 +52,7 @@ class Options:
     block_size: int = 128  # ours
     residual_tokens: int = 128
     sink_tokens: int = 4
+    calibrated: bool = False  # ours: keys in a frame
 
 
 @dataclass

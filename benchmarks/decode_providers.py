@@ -84,8 +84,10 @@ def powerquant(case: Case, options: Options, hopper: bool = True) -> Attention:
         max_row_queries=case.num_queries,
     )
 
+    frame = torch.ones(heads, 3, d, device=DEVICE) if options.calibrated else None
+
     def attend(i: int) -> None:
-        kernels.attend(query, key, value, out, caches[i], plan, table, d**-0.5, None, exact[i], exact_table)
+        kernels.attend(query, key, value, out, caches[i], plan, table, d**-0.5, frame, exact[i], exact_table)
 
     moved = heads * (num_packed * cache_format.layout.slot_bytes + num_exact * 4 * d)
     moved += case.query_and_output_bytes + 4 * case.num_tokens * heads * d
