@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser(
         "calibrate",
-        help="measure a model's mean keys, so that they need not be stored",
+        help="measure a model's keys and queries, so that its cache loses less",
         description="Writes a file for POWERQUANT_CALIBRATION. A 135M model takes half a minute on two CPU cores.",
     )
     verb.add_argument("model", nargs="?", help="Hugging Face checkpoint, folder or name (default: the embedded SmolLM2)")
@@ -39,7 +39,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     calibration.save(args.output)
     shape = calibration.shape
     print(
-        f"{args.output}: mean keys of {shape.layers} layers x {shape.kv_heads} heads x {shape.head_size} over "
+        f"{args.output}: key statistics of {shape.layers} layers x {shape.kv_heads} heads x {shape.head_size} over "
         f"{calibration.tokens} tokens; serve with POWERQUANT_CALIBRATION={args.output}"
     )
     return 0

@@ -106,7 +106,7 @@ class PowerQuantConfig:
         "",
         "POWERQUANT_CALIBRATION",
         Text("a file"),
-        "what `powerquant calibrate` wrote for this model: its mean keys are taken off before keys are packed",
+        "what `powerquant calibrate` wrote for this model: keys are packed centred and scaled by it",
     )
 
     def __post_init__(self) -> None:
