@@ -46,6 +46,7 @@ def main() -> None:
         return worker(json.loads(args.worker))
     import vllm
 
+    from vllm_powerquant.config import PRESET_ENV, PRESETS
     from vllm_powerquant.model import prepare_model
 
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +60,8 @@ def main() -> None:
                 f"{name:24} {'bf16':14} {stock['tokens']:>10,} tokens  {stock['requests']:8.2f} requests of 8,192",
                 flush=True,
             )
-            for label, environment in (("all packed", ALL_PACKED), ("defaults", {})):
+            presets = [(preset, {PRESET_ENV: preset}) for preset in PRESETS]
+            for label, environment in (("all packed", ALL_PACKED), *presets):
                 ours = start(job, "POWERQUANT", environment)
                 print(
                     f"{'':24} {label:14} {ours['tokens']:>10,} tokens  {ours['requests']:8.2f} requests: "

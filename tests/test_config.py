@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from vllm_powerquant.config import OTHER_ENV_NAMES, PowerQuantConfig, options, options_markdown
+from vllm_powerquant.config import OTHER_ENV_NAMES, PRESETS, PowerQuantConfig, options, options_markdown
 from vllm_powerquant.errors import PowerQuantConfigError, PowerQuantError, PowerQuantUnsupportedError
 
 DEFAULTS = {
@@ -128,6 +128,19 @@ def test_bool_is_no_integer_where_one_is_allowed():
 @pytest.mark.parametrize("additional", [[("key_bits", 4)], "key_bits", 4, True], ids=repr)
 def test_additional_must_be_an_object(additional):
     assert refusal({}, additional).startswith('"powerquant" in --additional-config must be an object')
+
+
+def test_presets():
+    assert PowerQuantConfig.from_sources({"POWERQUANT_PRESET": "quality"}) == PowerQuantConfig(value_bits=4)
+    assert PowerQuantConfig.from_sources({}, {"preset": "max-context"}) == PowerQuantConfig(key_bits=3)
+    assert PowerQuantConfig.from_sources({"POWERQUANT_PRESET": "balanced"}) == PowerQuantConfig()
+    mixed = PowerQuantConfig.from_sources({"POWERQUANT_PRESET": "quality", "POWERQUANT_VALUE_BITS": "3"}, {"key_bits": 8})
+    assert mixed == PowerQuantConfig(key_bits=8, value_bits=3)
+    for values in PRESETS.values():
+        PowerQuantConfig(**values)
+    assert refusal({"POWERQUANT_PRESET": "best"}) == ("POWERQUANT_PRESET must be quality, balanced, max-context, got 'best'")
+    assert refusal({}, {"preset": 4}).endswith("must be quality, balanced, max-context, got 4")
+    assert "give one of them" in refusal({"POWERQUANT_PRESET": "quality"}, {"preset": "balanced"})
 
 
 def test_sources_that_agree_pass():

@@ -18,6 +18,10 @@ ENV_PREFIX = "POWERQUANT_"
 # Names with our prefix that the set-up reads; they are no options of the cache.
 OTHER_ENV_NAMES = ("POWERQUANT_CACHE_DIR", "POWERQUANT_MODEL_GGUF")
 
+# Options that a preset sets where neither source gives them; the measured cost of each stands in the README.
+PRESET, PRESET_ENV, DEFAULT_PRESET = "preset", "POWERQUANT_PRESET", "balanced"
+PRESETS = {"quality": {"value_bits": 4}, DEFAULT_PRESET: {}, "max-context": {"key_bits": 3}}
+
 # Where `additional` of PowerQuantConfig.from_sources comes from, for messages.
 ADDITIONAL_CONFIG = "--additional-config '{\"powerquant\": {...}}'"
 
@@ -133,27 +137,18 @@ class PowerQuantConfig:
         env_names = [option.env for option in table.values()]
         _refuse_unknown(
             (name for name in environ if name.startswith(ENV_PREFIX)),
-            known=[*env_names, *OTHER_ENV_NAMES],
+            known=[*env_names, PRESET_ENV, *OTHER_ENV_NAMES],
             what="environment variable",
         )
-        _refuse_unknown(additional, known=list(table), what=f"option in {ADDITIONAL_CONFIG}")
+        _refuse_unknown(additional, known=[*table, PRESET], what=f"option in {ADDITIONAL_CONFIG}")
 
+        preset, name = _given(PRESET, PRESET_ENV, DEFAULT_PRESET, environ, additional)
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise PowerQuantConfigError(f"{name} must be {', '.join(PRESETS)}, got {preset!r}")
         values, names = {}, {}
         for field, option in table.items():
-            given = []
-            if option.env in environ:
-                text = environ[option.env]
-                given.append((_parse(text) if isinstance(option.default, int) else text, option.env))
-            if field in additional:
-                given.append((additional[field], f"{field} in {ADDITIONAL_CONFIG}"))
-            # a value of the wrong type is reported as such, not as a disagreement
-            wrong = [pair for pair in given if not _is_like(option.default, pair[0])]
-            if len(given) == 2 and not wrong and given[0][0] != given[1][0]:
-                (env_value, env_name), (additional_value, additional_name) = given
-                raise PowerQuantConfigError(
-                    f"{env_name} is {env_value} but {additional_name} is {additional_value}; give one of them"
-                )
-            values[field], names[field] = (wrong or given or [(option.default, field)])[0]
+            default = PRESETS[preset].get(field, option.default)
+            values[field], names[field] = _given(field, option.env, default, environ, additional)
         _check(values, names)
         return cls(**values)
 
@@ -193,6 +188,25 @@ def options_markdown() -> str:
         for o in options()
     ]
     return "\n".join(rows)
+
+
+def _given(
+    field: str, env: str, default: int | str, environ: Mapping[str, str], additional: Mapping[str, Any]
+) -> tuple[Any, str]:
+    """(value, how the user spelled its name) from whichever source gives it. Raises if both do and differ."""
+    given = []
+    if env in environ:
+        given.append((_parse(environ[env]) if isinstance(default, int) else environ[env], env))
+    if field in additional:
+        given.append((additional[field], f"{field} in {ADDITIONAL_CONFIG}"))
+    # a value of the wrong type is reported as such, not as a disagreement
+    wrong = [pair for pair in given if not _is_like(default, pair[0])]
+    if len(given) == 2 and not wrong and given[0][0] != given[1][0]:
+        (env_value, env_name), (additional_value, additional_name) = given
+        raise PowerQuantConfigError(
+            f"{env_name} is {env_value} but {additional_name} is {additional_value}; give one of them"
+        )
+    return (wrong or given or [(default, field)])[0]
 
 
 def _parse(text: str) -> int | str:
