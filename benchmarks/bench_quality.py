@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vllm_powerquant import quality
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.hf_cache import PowerQuantCache
-from vllm_powerquant.calibration import KeyStatistics, key_statistics
+from vllm_powerquant.calibration import KeyStatistics, ModelShape, key_statistics
 from vllm_powerquant.codebooks.tables import load_codebook
 
 CONFIGURATIONS = {
@@ -124,7 +124,7 @@ def main() -> None:
 
 def distortions(loaded, ids: dict[str, list[int]]) -> None:
     """Relative errors of every width on Gaussian vectors and on the model's own, against theory."""
-    d = loaded.model.config.head_dim
+    d = ModelShape.of(loaded.model.config.get_text_config()).head_size
     run = [*loaded.prefix, *quality.cut(ids["docs"], quality.SPLITS["tune"], 1024, 1)[0]]
     captured = quality.make_segment(loaded.model, "captured", [*run, run[-1]], len(run)).exact
     keys, values = (torch.cat([layer[i].float().flatten(0, 2) for layer in captured]) for i in (0, 1))
@@ -157,7 +157,8 @@ def make_cache(model, name: str, keys: KeyStatistics | None, seed: int) -> Power
         options["key_frames"] = keys.frames()
     if options.pop("centred", False):
         options["key_frames"] = replace(keys, scales=torch.ones_like(keys.scales)).frames()
-    return PowerQuantCache(model.config.num_hidden_layers, model.config.head_dim, seed=seed, **options)
+    shape = ModelShape.of(model.config.get_text_config())
+    return PowerQuantCache(shape.layers, shape.head_size, seed=seed, **options)
 
 
 def measure(model, segments, tokens: int, name: str, keys, args, where: dict) -> list[list[Row]]:

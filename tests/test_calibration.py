@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import Gemma3TextConfig, LlamaConfig
 
 from vllm_powerquant import cli
-from vllm_powerquant.calibration import Calibration, KeyStatistics, ModelShape, key_statistics
+from vllm_powerquant.calibration import FORMAT, Calibration, KeyStatistics, ModelShape, key_statistics
 from vllm_powerquant.errors import PowerQuantConfigError
 from vllm_powerquant.model import prepare_model
 
@@ -24,9 +24,9 @@ def calibration() -> Calibration:
 
 
 def test_shape_of_a_model():
-    theta = float(CONFIG.rope_parameters["rope_theta"])
-    assert ModelShape.of(CONFIG) == ModelShape("llama", 3, 2, 64, 4, 256, 512, (theta,))
-    assert len(ModelShape.of(Gemma3TextConfig()).rope_theta) == 2  # of sliding and of full layers
+    rope = '{"rope_theta": 10000.0, "rope_type": "default"}'
+    assert ModelShape.of(CONFIG) == ModelShape("llama", 3, 2, 64, 4, 256, 512, rope)
+    assert ModelShape.of(Gemma3TextConfig()).rope.count("rope_theta") == 2  # of sliding and of full layers
 
 
 def test_a_file_holds_what_was_saved(tmp_path):
@@ -38,6 +38,9 @@ def test_a_file_holds_what_was_saved(tmp_path):
     assert torch.equal(frames[:, :, 2] * frames[:, :, 1], torch.ones(3, 2, 64))
     assert (got.shape, got.model, got.tokens) == (ModelShape.of(CONFIG), "a model", 99)
     got.check(CONFIG, "x")
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o444 == 0o444 and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(PowerQuantConfigError, match="cannot write"):
+        calibration().save(tmp_path / "missing" / "x.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -47,7 +50,10 @@ def test_a_file_holds_what_was_saved(tmp_path):
         ({"num_key_value_heads": 4}, "kv_heads 2, the model's 4"),
         ({"head_dim": 128}, "head_size 64, the model's 128"),
         ({"vocab_size": 513}, "vocabulary 512, the model's 513"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta (10000.0,), the model's (500000.0,)"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+            'rope {"rope_theta": 10000.0, "rope_type": "default"}, the model\'s {"factor": 4.0, "rope_theta"',
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -60,7 +66,9 @@ def test_another_model_is_refused(change, words):
 
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
-    with pytest.raises(PowerQuantConfigError, match="no calibration file .*powerquant calibrate MODEL -o"):
+    with pytest.raises(
+        PowerQuantConfigError, match="cannot read the calibration file .*No such file.*powerquant calibrate MODEL -o"
+    ):
         Calibration.load(path)
     path.write_text("nothing of the kind")
     with pytest.raises(PowerQuantConfigError, match="is not a safetensors file"):
@@ -68,12 +76,17 @@ def test_other_files_are_refused(tmp_path):
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(PowerQuantConfigError, match="no calibration that this version reads .*tensors weight"):
         Calibration.load(path)
+    tensors = {name: torch.zeros(3, 2, 64) for name in ("key_centres", "key_scales")}
+    for about in ({}, {"about": "{"}, {"about": "[]"}, {"about": "{}"}, {"about": '{"shape": {"layers": 3}}'}):
+        save_file(tensors, path, {"format": FORMAT} | about)
+        with pytest.raises(PowerQuantConfigError, match="does not say what it was made of .*; make one with"):
+            Calibration.load(path)
     keys = calibration().keys
     replace(calibration(), keys=replace(keys, centres=torch.full((3, 2, 64), torch.nan))).save(path)
-    with pytest.raises(PowerQuantConfigError, match=r"should hold finite fp32 key_centres \(3, 2, 64\)"):
+    with pytest.raises(PowerQuantConfigError, match="key_centres are not all finite; make one with"):
         Calibration.load(path)
     replace(calibration(), keys=replace(keys, scales=keys.scales * 0.75)).save(path)
-    with pytest.raises(PowerQuantConfigError, match="key_scales of .* powers of two from 1/16 to 16"):
+    with pytest.raises(PowerQuantConfigError, match="key_scales should be powers of two from 1/16 to 16"):
         Calibration.load(path)
 
 
@@ -118,9 +131,27 @@ def test_scales_balance_queries_and_keys():
     assert (ratio[:, [5, 37]].mean(1) - ratio[:, others].mean(1)).sub(-3).abs().max() < 0.5
 
 
-def test_a_short_text_is_refused_by_name(tmp_path, capsys):
-    text = tmp_path / "short.txt"
-    text.write_text("Too little.")
-    assert cli.main(["calibrate", "-o", str(tmp_path / "x"), "--text", str(text)]) == 1
-    assert "powerquant: short.txt has 3 tokens for this, 1024 are wanted" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--text", "short.txt"], "short.txt has 3 tokens for this, 1024 are wanted"),
+        (["--text", "latin.txt"], "latin.txt is not UTF-8 text (byte 1); convert it first"),
+        (["--text", "missing.txt"], "cannot read missing.txt: No such file"),
+        (["--tokens", "5"], "needs 1 run or more (--runs) of 64 tokens or more (--tokens), got 2 of 5"),
+        (["--runs", "0"], "got 0 of 1024"),
+        (["--tokens", "8300"], "a run of 8300 tokens (--tokens) is longer than the model's context of 8192"),
+        (["empty-folder"], "cannot load empty-folder: "),
+        (["-o", "missing/x"], "cannot write missing/x: give a file in an existing folder"),
+        (["-o", "empty-folder"], "cannot write empty-folder: give a file"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_calibrated_is_refused_in_one_line(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("Too little.")
+    (tmp_path / "latin.txt").write_bytes(b"\x61\xe4")
+    (tmp_path / "empty-folder").mkdir()
+    assert cli.main(["calibrate", "-o", "x", *arguments]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("powerquant: ") and words in message
     assert not (tmp_path / "x").exists()

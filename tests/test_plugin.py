@@ -170,7 +170,7 @@ def test_server_stops_on_another_models_calibration(tmp_path):
     from vllm_powerquant.calibration import Calibration, KeyStatistics, ModelShape
 
     path = tmp_path / "other.safetensors"
-    shape = ModelShape("llama", 2, 2, 128, 4, 256, 512, (10000.0,))
+    shape = ModelShape("llama", 2, 2, 128, 4, 256, 512, '{"rope_theta": 10000.0, "rope_type": "default"}')
     Calibration(KeyStatistics(torch.zeros(2, 2, 128), torch.ones(2, 2, 128)), shape, "the-other-one", 1).save(path)
     status, last_line, commands = serve(
         tmp_path, "--attention-backend", "POWERQUANT", config=LLAMA, POWERQUANT_CALIBRATION=str(path)

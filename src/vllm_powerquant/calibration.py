@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 FORMAT = "vllm-powerquant calibration 1"
 # first tokens of a run that are left out: by default they are kept exactly, and their keys lie elsewhere
 SINKS = 4
+# tokens of a run, at least: fewer say little
+MIN_RUN_TOKENS = 64
 # so that 16-bit keys and queries stay in range
 MAX_SCALE = 16.0
 
@@ -42,7 +45,7 @@ class ModelShape:
     query_heads: int
     hidden_size: int
     vocabulary: int
-    rope_theta: tuple[float, ...]  # of every kind of layer, ascending
+    rope: str  # what decides the angles of rotary embeddings, as JSON
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Self:
@@ -56,16 +59,20 @@ class ModelShape:
             query_heads=heads,
             hidden_size=config.hidden_size,
             vocabulary=config.vocab_size,
-            rope_theta=tuple(sorted(set(_rope_thetas(getattr(config, "rope_parameters", None) or {})))),
+            rope=json.dumps(_rope(getattr(config, "rope_parameters", None) or {}), sort_keys=True),
         )
 
 
-def _rope_thetas(parameters: dict[str, Any]) -> Iterable[float]:
-    for name, value in parameters.items():
-        if isinstance(value, dict):
-            yield from _rope_thetas(value)
-        elif name == "rope_theta":
-            yield float(value)
+_ROPE = ("rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings")
+
+
+def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Of each kind of layer, or of all of them."""
+    nested = {name: _rope(value) for name, value in parameters.items() if isinstance(value, dict)}
+    if nested or not parameters:
+        return nested
+    numbers = {name: float(parameters[name]) for name in _ROPE if parameters.get(name) is not None}
+    return numbers | {"rope_type": parameters.get("rope_type", "default")}
 
 
 @dataclass(frozen=True)
@@ -92,44 +99,70 @@ class Calibration:
     tokens: int  # of text it was calibrated on
 
     def save(self, path: Path) -> None:
+        """Raises: PowerQuantConfigError if it cannot be written there."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
+        path, partial = Path(path), Path(f"{path}.partial")
         about = {"shape": asdict(self.shape), "model": self.model, "tokens": self.tokens}
         tensors = {"key_centres": self.keys.centres.contiguous(), "key_scales": self.keys.scales.contiguous()}
-        save_file(tensors, path, {"format": FORMAT, "about": json.dumps(about)})
+        try:
+            save_file(tensors, partial, {"format": FORMAT, "about": json.dumps(about)})
+            # safetensors writes for the owner alone
+            mask = os.umask(0)
+            os.umask(mask)
+            partial.chmod(0o666 & ~mask)
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise PowerQuantConfigError(f"cannot write {path}: {error}") from None
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Raises: PowerQuantConfigError if the file is missing or none that `save` wrote."""
         from safetensors import SafetensorError, safe_open
 
-        if not Path(path).is_file():
-            raise PowerQuantConfigError(f"no calibration file {path}; `powerquant calibrate MODEL -o {path}` makes one")
+        remedy = "make one with `powerquant calibrate MODEL -o FILE.safetensors`"
+        try:
+            open(path, "rb").close()
+        except OSError as error:
+            raise PowerQuantConfigError(f"cannot read the calibration file {path}: {error.strerror}; {remedy}") from None
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
-            raise PowerQuantConfigError(f"{path} is not a safetensors file ({error})") from None
+            raise PowerQuantConfigError(f"{path} is not a safetensors file ({error}); {remedy}") from None
         if metadata.get("format") != FORMAT or set(tensors) != {"key_centres", "key_scales"}:
             raise PowerQuantConfigError(
                 f"{path} is no calibration that this version reads (format {metadata.get('format')!r}, tensors "
-                f"{', '.join(sorted(tensors)) or 'none'}); make one with `powerquant calibrate`"
+                f"{', '.join(sorted(tensors)) or 'none'}); {remedy}"
             )
-        about = json.loads(metadata["about"])
-        shape = ModelShape(**about["shape"] | {"rope_theta": tuple(about["shape"]["rope_theta"])})
-        expected = (shape.layers, shape.kv_heads, shape.head_size)
-        for name, tensor in tensors.items():
-            if tensor.shape != expected or tensor.dtype != torch.float32 or not tensor.isfinite().all():
-                raise PowerQuantConfigError(
-                    f"{path} should hold finite fp32 {name} {expected}, got {tensor.dtype} {tuple(tensor.shape)}"
-                )
-        keys = KeyStatistics(tensors["key_centres"], tensors["key_scales"])
-        if not torch.equal(keys.scales, _power_of_two(keys.scales)):
-            raise PowerQuantConfigError(
-                f"key_scales of {path} should be powers of two from 1/{MAX_SCALE:g} to {MAX_SCALE:g}"
+        try:
+            about = json.loads(metadata["about"])
+            calibration = cls(
+                KeyStatistics(tensors["key_centres"], tensors["key_scales"]),
+                ModelShape(**about["shape"]),
+                str(about["model"]),
+                int(about["tokens"]),
             )
-        return cls(keys, shape, about["model"], about["tokens"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise PowerQuantConfigError(f"{path} does not say what it was made of ({error!r}); {remedy}") from None
+        if problem := calibration._problem():
+            raise PowerQuantConfigError(f"{path}: {problem}; {remedy}")
+        return calibration
+
+    def _problem(self) -> str | None:
+        """What is wrong with the numbers."""
+        expected = (self.shape.layers, self.shape.kv_heads, self.shape.head_size)
+        for name, tensor in (("key_centres", self.keys.centres), ("key_scales", self.keys.scales)):
+            if tensor.shape != expected or tensor.dtype != torch.float32:
+                return f"{name} should be torch.float32 {expected}, got {tensor.dtype} {tuple(tensor.shape)}"
+            if not tensor.isfinite().all():
+                return f"{name} are not all finite"
+        if not torch.equal(self.keys.scales, _power_of_two(self.keys.scales)):
+            return f"key_scales should be powers of two from 1/{MAX_SCALE:g} to {MAX_SCALE:g}"
+        return None
 
     def check(self, config: PretrainedConfig, path: str | Path) -> None:
         """Raises PowerQuantConfigError, naming what differs, if this was not made with a model of the same shape."""
@@ -185,13 +218,15 @@ def key_statistics(model: PreTrainedModel, runs: Iterable[Sequence[int]]) -> Key
     shapes = {tuple(total[1].shape) for total in sums.values()}
     if len(shapes) != 1 or sorted(sums) != list(range(layers)):
         raise PowerQuantUnsupportedError(
-            f"calibration needs keys of one shape in each of {layers} layers, got {len(sums)} layers with {sorted(shapes)}"
+            f"calibration needs keys of one shape in each of {layers} layers, got {len(sums)} layers with {sorted(shapes)}; "
+            "serve this model without calibration (layers that do not go through Transformers' attention interface are "
+            "not seen)"
         )
     n = sums[0][0]
     k, k_square, q_square = (torch.stack([sums[i][x] for i in range(layers)]).cpu() / n for x in (1, 2, 3))
     spread, weight = k_square - k.square(), q_square
     # channels that hardly move have no scale of their own
-    spread, weight = (x.maximum(1e-3 * x.mean(-1, keepdim=True)) for x in (spread, weight))
+    spread, weight = (x.maximum(1e-3 * x.mean(-1, keepdim=True)).clamp(min=1e-12) for x in (spread, weight))
     scales = (weight / spread) ** 0.25
     scales /= scales.log().mean(-1, keepdim=True).exp()
     return KeyStatistics(k.float(), _power_of_two(scales.float()))
@@ -203,28 +238,67 @@ def calibrate(
     """Measure a checkpoint (None: the embedded SmolLM2) on texts (None: the calibration part of the built-in ones).
 
     Args:   run_tokens, runs: of each text, so many runs of so many tokens, each with the tokenizer's BOS if it has one
-    Raises: PowerQuantConfigError if a text is too short for a run; PowerQuantUnsupportedError as key_statistics
+    Raises: PowerQuantConfigError if there is no such model or text, or a text is too short for a run, or a run is shorter
+            than MIN_RUN_TOKENS or longer than the model's context; PowerQuantUnsupportedError as key_statistics
     """
-    from tqdm import tqdm
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    if run_tokens < MIN_RUN_TOKENS or runs < 1:
+        raise PowerQuantConfigError(
+            f"calibration needs 1 run or more (--runs) of {MIN_RUN_TOKENS} tokens or more (--tokens), got {runs} of "
+            f"{run_tokens}"
+        )
+    try:
+        from tqdm import tqdm
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise PowerQuantConfigError(f'calibration needs Transformers ({error}); pip install ".[hf,model]"') from None
     from .model import prepare_model
     from .quality import SPLITS, cut, read_texts
 
     name = name or str(prepare_model())
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise PowerQuantConfigError(
+            f"cannot load {name}: {_first_line(error)}; give a checkpoint's folder or name"
+        ) from None
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or run_tokens
+    if run_tokens > context:
+        raise PowerQuantConfigError(
+            f"a run of {run_tokens} tokens (--tokens) is longer than the model's context of {context}"
+        )
     # texts are longer than any context: only cut pieces of them are given to the model
     tokenizer.model_max_length = 10**9
     prefix = tokenizer("")["input_ids"][:1]
-    named = {path.name: path.read_text(encoding="utf-8") for path in texts} if texts else read_texts()
+    named = {str(path): _read(path) for path in texts} if texts else read_texts()
     part = (0.0, 1.0) if texts else SPLITS["calibrate"]
     pieces = []
     for text_name, text in named.items():
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         pieces += [[*prefix, *run] for run in cut(ids, part, run_tokens - len(prefix), runs, text_name)]
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise PowerQuantConfigError(
+            f"cannot load {name}: {_first_line(error)}; give a checkpoint's folder or name"
+        ) from None
     if torch.cuda.is_available():
         model = model.cuda()
     keys = key_statistics(model, tqdm(pieces, "calibrating", unit="run"))
-    shape = ModelShape.of(model.config.get_text_config())
-    return Calibration(keys, shape, name, sum(map(len, pieces)))
+    calibration = Calibration(keys, ModelShape.of(model.config.get_text_config()), name, sum(map(len, pieces)))
+    if problem := calibration._problem():
+        raise PowerQuantUnsupportedError(f"{name} cannot be calibrated: {problem}; serve it without calibration")
+    return calibration
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PowerQuantConfigError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+    except OSError as error:
+        raise PowerQuantConfigError(f"cannot read {path}: {error.strerror}") from None

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from .errors import PowerQuantError
+from .errors import PowerQuantConfigError, PowerQuantError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 refused or failed with one line of reason, 2 usage."""
+    """Exit code: 0 done, 1 refused or failed with one line of reason, 2 usage, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="powerquant", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser(
         "calibrate",
         help="measure a model's keys and queries, so that its cache loses less",
-        description="Writes a file for POWERQUANT_CALIBRATION. A 135M model takes half a minute on two CPU cores.",
+        description="Writes a file for POWERQUANT_CALIBRATION. A 135M model takes ten seconds on one CPU core.",
     )
     verb.add_argument("model", nargs="?", help="Hugging Face checkpoint, folder or name (default: the embedded SmolLM2)")
     verb.add_argument("-o", "--output", type=Path, required=True, help="file to write, .safetensors")
@@ -27,14 +28,19 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except (PowerQuantError, OSError) as error:
+    except PowerQuantError as error:
         print(f"powerquant: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def _calibrate(args: argparse.Namespace) -> int:
     from .calibration import calibrate
 
+    folder = args.output.absolute().parent
+    if args.output.is_dir() or not os.access(folder, os.W_OK):
+        raise PowerQuantConfigError(f"cannot write {args.output}: give a file in an existing folder that you may write to")
     calibration = calibrate(args.model, args.text, args.tokens, args.runs)
     calibration.save(args.output)
     shape = calibration.shape

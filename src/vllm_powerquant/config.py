@@ -204,7 +204,7 @@ def _given(
     if len(given) == 2 and not wrong and given[0][0] != given[1][0]:
         (env_value, env_name), (additional_value, additional_name) = given
         raise PowerQuantConfigError(
-            f"{env_name} is {env_value} but {additional_name} is {additional_value}; give one of them"
+            f"{env_name} is {env_value!r} but {additional_name} is {additional_value!r}; give one of them"
         )
     return (wrong or given or [(default, field)])[0]
 

@@ -221,6 +221,8 @@ class PowerQuantCache(Cache):
         super().__init__(layers=layers)
 
     def held_bytes(self) -> int:
-        """Bytes that a cache of these layers has to hold, frames and rotation counted."""
-        tables = sum(x.numel() * 4 for x in (layer.key_frame for layer in self.layers) if x is not None)
+        """Bytes that a cache of these layers has to hold, frames counted."""
+        tables = sum(
+            x.numel() * 4 for x in (layer.key_frame for layer in self.layers if layer.format is not None) if x is not None
+        )
         return sum(layer.held_bytes() for layer in self.layers) + tables

@@ -305,7 +305,12 @@ class PowerQuantImpl(AttentionImpl):
         # vLLM gives each rank consecutive heads, or, where there are fewer heads than ranks, several ranks the same one
         ranks = self._vllm_config.parallel_config.tensor_parallel_size
         first = get_tensor_model_parallel_rank() * len(every) // ranks
-        return every[first : first + self.num_kv_heads].to("cpu" if current_platform.is_cpu() else self.kernels.device)
+        frame = every[first : first + self.num_kv_heads].to("cpu" if current_platform.is_cpu() else self.kernels.device)
+        if len(frame) != self.num_kv_heads:
+            raise PowerQuantUnsupportedError(
+                f"this rank has {self.num_kv_heads} kv heads from {first} on, the calibration {len(every)}; leave it out"
+            )
+        return frame
 
     def _exact_blocks(self) -> ExactBlocks | None:
         if self.exact_layer is None or not self.exact_layer.kv_cache.numel():
