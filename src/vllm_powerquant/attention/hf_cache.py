@@ -24,8 +24,8 @@ class PowerQuantLayer(CacheLayerMixin):
     """One layer's packed keys and values, and the buffer that attention reads.
 
     Args: cache_format: None keeps every token exact (a protected layer); residual_tokens, sink_tokens: as in vLLM's options;
-          key_frame [num_kv_heads, 3, head_size] fp32: see reference.in_frame; signs [head_size] fp32 of
-          +-1, another rotation than the shipped one
+          key_frame [num_kv_heads, 3, head_size] fp32: see reference.in_frame; signs [head_size] fp32 of +-1, another
+          rotation than the shipped one
     """
 
     is_croppable = True
@@ -222,7 +222,6 @@ class PowerQuantCache(Cache):
 
     def held_bytes(self) -> int:
         """Bytes that a cache of these layers has to hold, frames counted."""
-        tables = sum(
-            x.numel() * 4 for x in (layer.key_frame for layer in self.layers if layer.format is not None) if x is not None
-        )
+        frames = [layer.key_frame for layer in self.layers if layer.format and layer.key_frame is not None]
+        tables = sum(frame.numel() * 4 for frame in frames)
         return sum(layer.held_bytes() for layer in self.layers) + tables

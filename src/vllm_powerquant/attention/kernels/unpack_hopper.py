@@ -32,8 +32,8 @@ def _asm(body: list[str], registers: str, constants: dict[str, int]) -> str:
 def first_table(codebook) -> int:
     """The word of bytes that key_asm's and value_asm's instructions for 3 and 4 bits take as their last operand, signed."""
     bits = codebook.bits
-    levels = {3: list(codebook.levels), 4: _magnitudes(codebook)}.get(bits, [])
-    return int.from_bytes(bytes(b & 255 for b in levels[:4]), "little", signed=True)
+    low, _ = _byte_table({3: list(codebook.levels), 4: _magnitudes(codebook)}.get(bits, []))
+    return low - (low >> 31 << 32)
 
 
 def key_asm(codebook) -> tuple[str, ...]:
@@ -204,6 +204,35 @@ def _cat_columns(a, b):
     return gl.join(a, b).permute([0, 2, 1]).reshape([a.shape[0], 2 * a.shape[1]])
 
 
+# Words of codes to level bytes. A table is four operands, since the others are four bytes each.
+
+
+@gluon.jit
+def _two_bits(w, ASM: gl.constexpr):
+    return gl.inline_asm_elementwise(
+        ASM[0], "=r,=r,=r,=r,r", [w], dtype=(gl.int8, gl.int8, gl.int8, gl.int8), is_pure=True, pack=4
+    )
+
+
+@gluon.jit
+def _three_bits(low, high, table, ASM: gl.constexpr, ODD: gl.constexpr):
+    table = gl.full(low.shape, table, gl.int32, low.type.layout)
+    return gl.inline_asm_elementwise(
+        ASM[ODD],
+        "=r,=r,=r,=r,r,r,r,r,r,r",
+        [low, high, table],
+        dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def _four_bits(w, table, ASM: gl.constexpr):
+    table = gl.full(w.shape, table, gl.int32, w.type.layout)
+    return gl.inline_asm_elementwise(ASM[0], "=r,=r,r,r,r,r,r", [w, table], dtype=(gl.int8, gl.int8), is_pure=True, pack=4)
+
+
 @gluon.jit
 def load_keys(k0, k1, table, D: gl.constexpr, BITS: gl.constexpr, ASM: gl.constexpr, L: gl.constexpr):
     """Keys of a tile, or of a part of its D channels, as signed level bytes [D, 64] in the order of key_channel_order.
@@ -214,39 +243,18 @@ def load_keys(k0, k1, table, D: gl.constexpr, BITS: gl.constexpr, ASM: gl.conste
         return gl.convert_layout(k0.permute([1, 0]).load(L).to(gl.int8, bitcast=True), L, assert_trivial=True)
     elif BITS == 4:
         w = k0.permute([1, 0]).load(L)
-        # four operands of it, as the others are four bytes each
-        table = gl.full(w.shape, table, gl.int32, w.type.layout)
-        a, z = gl.inline_asm_elementwise(
-            ASM[0], "=r,=r,r,r,r,r,r", [w, table], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
-        )
+        a, z = _four_bits(w, table, ASM)
         return gl.convert_layout(_cat_rows(a, z), L, assert_trivial=True)
     elif BITS == 2:
         w = k0.permute([1, 0]).load(L)
-        x0, x1, x2, x3 = gl.inline_asm_elementwise(
-            ASM[0], "=r,=r,=r,=r,r", [w], dtype=(gl.int8, gl.int8, gl.int8, gl.int8), is_pure=True, pack=4
-        )
+        x0, x1, x2, x3 = _two_bits(w, ASM)
         return gl.convert_layout(_cat_rows(_cat_rows(x0, x1), _cat_rows(x2, x3)), L, assert_trivial=True)
     else:
         W: gl.constexpr = D // 4
         w0, w1 = gl.split(k0.permute([1, 0]).load(L).reshape([2, W // 2, 64]).permute([1, 2, 0]))
         h = k1.permute([1, 0]).load(w0.type.layout)
-        table = gl.full(h.shape, table, gl.int32, h.type.layout)
-        x0, x1, x2, x3 = gl.inline_asm_elementwise(
-            ASM[0],
-            "=r,=r,=r,=r,r,r,r,r,r,r",
-            [w0, h, table],
-            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
-            is_pure=True,
-            pack=4,
-        )
-        y0, y1, y2, y3 = gl.inline_asm_elementwise(
-            ASM[1],
-            "=r,=r,=r,=r,r,r,r,r,r,r",
-            [w1, h, table],
-            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
-            is_pure=True,
-            pack=4,
-        )
+        x0, x1, x2, x3 = _three_bits(w0, h, table, ASM, 0)
+        y0, y1, y2, y3 = _three_bits(w1, h, table, ASM, 1)
         x = _cat_rows(_cat_rows(x0, x1), _cat_rows(x2, x3))
         y = _cat_rows(_cat_rows(y0, y1), _cat_rows(y2, y3))
         return gl.convert_layout(_cat_rows(x, y), L, assert_trivial=True)
@@ -262,38 +270,18 @@ def load_values(v0, v1, table, D: gl.constexpr, BITS: gl.constexpr, ASM: gl.cons
         return v0.permute([1, 0]).load(L).to(gl.int8, bitcast=True)
     elif BITS == 4:
         w = v0.permute([1, 0]).load(L)
-        table = gl.full(w.shape, table, gl.int32, w.type.layout)
-        x0, x1 = gl.inline_asm_elementwise(
-            ASM[0], "=r,=r,r,r,r,r,r", [w, table], dtype=(gl.int8, gl.int8), is_pure=True, pack=4
-        )
+        x0, x1 = _four_bits(w, table, ASM)
         return gl.convert_layout(_cat_columns(x0, x1), L, assert_trivial=True)
     elif BITS == 2:
         w = v0.permute([1, 0]).load(L)
-        x0, x1, x2, x3 = gl.inline_asm_elementwise(
-            ASM[0], "=r,=r,=r,=r,r", [w], dtype=(gl.int8, gl.int8, gl.int8, gl.int8), is_pure=True, pack=4
-        )
+        x0, x1, x2, x3 = _two_bits(w, ASM)
         return gl.convert_layout(_cat_columns(_cat_columns(x0, x1), _cat_columns(x2, x3)), L, assert_trivial=True)
     else:
         w0 = v0.slice(0, D // 8).permute([1, 0]).load(L)
         w1 = v0.slice(D // 8, D // 8).permute([1, 0]).load(L)
         h = v1.permute([1, 0]).load(L)
-        table = gl.full(h.shape, table, gl.int32, h.type.layout)
-        x0, x1, x2, x3 = gl.inline_asm_elementwise(
-            ASM[0],
-            "=r,=r,=r,=r,r,r,r,r,r,r",
-            [w0, h, table],
-            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
-            is_pure=True,
-            pack=4,
-        )
-        y0, y1, y2, y3 = gl.inline_asm_elementwise(
-            ASM[1],
-            "=r,=r,=r,=r,r,r,r,r,r,r",
-            [w1, h, table],
-            dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
-            is_pure=True,
-            pack=4,
-        )
+        x0, x1, x2, x3 = _three_bits(w0, h, table, ASM, 0)
+        y0, y1, y2, y3 = _three_bits(w1, h, table, ASM, 1)
         low = _cat_columns(_cat_columns(x0, y0), _cat_columns(x1, y1))
         high = _cat_columns(_cat_columns(x2, y2), _cat_columns(x3, y3))
         return gl.convert_layout(_cat_columns(low, high), L, assert_trivial=True)
