@@ -346,20 +346,9 @@ def _decode_kernel(
                     plain_end = context - RESIDUAL + 1
                 row0 = (segment % ROW_BLOCKS) * (8 * R)
                 raw_query, signs = load_queries(
-                    query_ptr,
-                    signs_ptr,
-                    frame_ptr,
-                    row0,
-                    query0,
-                    queries,
-                    head,
-                    stride_q_token,
-                    stride_q_head,
-                    GROUP,
-                    8 * R,
-                    D,
-                    HAS_FRAME,
-                )
+                    query_ptr, signs_ptr, frame_ptr, row0, query0, queries, head, stride_q_token, stride_q_head,
+                    GROUP, 8 * R, D, HAS_FRAME,
+                )  # fmt: skip
                 for s in gl.static_range(STAGES - 1):
                     page = gl.load(table + gl.minimum(t0 + s, tiles - 1) // BLOCK_TILES).to(gl.int64)
                     _copy_tile(
