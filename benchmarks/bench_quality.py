@@ -32,6 +32,7 @@ CONFIGURATIONS = {
     "K4/V2": {},
     "K4/V2, centred keys": {"centred": True},
     "K4/V2, calibrated keys": {"calibrated": True},
+    "K4/V2 trellis, calibrated keys": {"value_codec": "trellis", "calibrated": True},
     "K4/V2, 2 + 2 layers protected": {"protected_layers": 2},
     "K4/V2, no sinks": {"sink_tokens": 0},
     "K4/V2, nothing exact": {"residual_tokens": 0, "sink_tokens": 0},
@@ -131,7 +132,7 @@ def distortions(loaded, ids: dict[str, list[int]]) -> None:
     gaussian = torch.randn(200_000, d, generator=torch.Generator().manual_seed(0))
     print(f"\nrelative square error, head size {d} (with the unbiased scale; least possible: 4^-bits of a Gaussian source)")
     print(f"{'':24}{'Gaussian':>10}{'keys':>10}{'values':>10}{'table':>10}{'4^-bits':>10}")
-    for bits, kind in ((8, "uniform"), (4, "lloyd_max"), (3, "lloyd_max"), (2, "lloyd_max"), (2, "uniform")):
+    for bits, kind in ((8, "uniform"), (4, "lloyd_max"), (3, "lloyd_max"), (2, "lloyd_max"), (2, "uniform"), (2, "trellis")):
         book = load_codebook(d, bits, kind)
         factor = CacheFormat(d).scale_factor(book)
         errors = [quality.distortion(x, book, factor).error for x in (gaussian, keys, values)]

@@ -14,6 +14,7 @@ from vllm_powerquant.errors import PowerQuantConfigError, PowerQuantError, Power
 DEFAULTS = {
     "key_bits": 4,
     "value_bits": 2,
+    "value_codec": "scalar",
     "residual_tokens": 128,
     "residual_block_size": 16,
     "sink_tokens": 4,
@@ -28,6 +29,7 @@ ACCEPTED = [
     ("residual_block_size", (8, 16, 32, 64)),
     ("sink_tokens", (0, 4, 16)),
     ("protected_layers", (0, 1, 40)),
+    ("value_codec", ("scalar", "trellis")),
 ]
 REFUSED = [
     ("key_bits", (0, 1, 5, 6, 7, 16, -4)),
@@ -36,6 +38,7 @@ REFUSED = [
     ("residual_block_size", (0, 4, 12, 24, 128, -16)),
     ("sink_tokens", (-1, 17)),
     ("protected_layers", (-1,)),
+    ("value_codec", ("", "Trellis", "tcq", "2")),
 ]
 
 
@@ -90,12 +93,12 @@ def test_accepts_from_each_source(field, value):
 @pytest.mark.parametrize("field, value", flatten(REFUSED))
 def test_refuses_from_each_source(field, value):
     allowed = next(o.allowed for o in options() if o.field == field)
-    with pytest.raises(PowerQuantConfigError, match=f"^{field} must be .*, got {value}$"):
+    with pytest.raises(PowerQuantConfigError, match=f"^{field} must be .*, got {value!r}$"):
         PowerQuantConfig(**{field: value})
     message = refusal({env_name(field): str(value)})
-    assert message.startswith(f"{env_name(field)} must be {allowed}") and message.endswith(f", got {value}")
+    assert message.startswith(f"{env_name(field)} must be {allowed}") and message.endswith(f", got {value!r}")
     message = refusal({}, {field: value})
-    assert message.startswith(f"{field} in --additional-config") and message.endswith(f", got {value}")
+    assert message.startswith(f"{field} in --additional-config") and message.endswith(f", got {value!r}")
 
 
 def test_bad_value_message():
@@ -232,6 +235,13 @@ def test_text_options():
     assert "calibration in --additional-config" in (message := refusal({}, {"calibration": 12}))
     assert message.endswith("must be a file (text), got 12")
     assert "give one of them" in refusal({"POWERQUANT_CALIBRATION": "a"}, {"calibration": "b"})
+
+
+def test_a_trellis_is_for_two_bits():
+    message = refusal({"POWERQUANT_VALUE_CODEC": "trellis", "POWERQUANT_VALUE_BITS": "4"})
+    assert message == "POWERQUANT_VALUE_CODEC trellis is for values of 2 bits, but value_bits is 4; leave one out"
+    refusal({"POWERQUANT_PRESET": "quality"}, {"value_codec": "trellis"})
+    assert PowerQuantConfig.from_sources({"POWERQUANT_PRESET": "quality"}, {"value_codec": "scalar"}).value_bits == 4
 
 
 def test_options_list_every_field():

@@ -13,7 +13,13 @@ from vllm_powerquant.attention.kernels.cpu_kernels import BatchPlan, CpuKernels,
 from vllm_powerquant.attention.rotation import SUPPORTED_HEAD_SIZES
 
 BITS = (2, 3, 4, 8)
-WIDTHS = [pytest.param(d, k, v, id=f"d{d}-k{k}v{v}") for d, k, v in itertools.product(SUPPORTED_HEAD_SIZES, BITS, BITS)]
+WIDTHS = [
+    *(
+        pytest.param(d, k, v, "scalar", id=f"d{d}-k{k}v{v}")
+        for d, k, v in itertools.product(SUPPORTED_HEAD_SIZES, BITS, BITS)
+    ),
+    *(pytest.param(d, 4, 2, "trellis", id=f"d{d}-trellis") for d in SUPPORTED_HEAD_SIZES),
+]
 
 
 def stored(batch: Batch, exact: ExactBlocks | None = None, frame: torch.Tensor | None = None) -> CpuKernels:
@@ -41,10 +47,11 @@ def attended(batch: Batch, kernels: CpuKernels, exact: ExactBlocks | None = None
     return batch.out
 
 
-@pytest.mark.parametrize("head_size, key_bits, value_bits", WIDTHS)
-def test_every_width(head_size, key_bits, value_bits):
+@pytest.mark.parametrize("head_size, key_bits, value_bits, value_codec", WIDTHS)
+def test_every_width(head_size, key_bits, value_bits, value_codec):
     """Bytes and arithmetic of each width and head size: 3 requests, one of them a chunk."""
-    batch = Batch(CacheFormat(head_size, key_bits, value_bits), [200, 63, 0], [5, 1, 3], 2, 3, torch.float32)
+    fmt = CacheFormat(head_size, key_bits, value_bits, value_codec)
+    batch = Batch(fmt, [200, 63, 0], [5, 1, 3], 2, 3, torch.float32)
     kernels = stored(batch)
     want = torch.full_like(batch.cache, 0xA5)
     for r in range(3):

@@ -16,7 +16,13 @@ from vllm_powerquant.attention.kernels.step import StepPlan
 from vllm_powerquant.attention.rotation import SUPPORTED_HEAD_SIZES
 
 BITS = (2, 3, 4, 8)
-WIDTHS = [pytest.param(d, k, v, id=f"d{d}-k{k}v{v}") for d, k, v in itertools.product(SUPPORTED_HEAD_SIZES, BITS, BITS)]
+WIDTHS = [
+    *(
+        pytest.param(d, k, v, "scalar", id=f"d{d}-k{k}v{v}")
+        for d, k, v in itertools.product(SUPPORTED_HEAD_SIZES, BITS, BITS)
+    ),
+    *(pytest.param(d, 4, 2, "trellis", id=f"d{d}-trellis") for d in SUPPORTED_HEAD_SIZES),
+]
 device = torch.device(DEVICE)
 # Fixed point and fp16 operands leave 1e-4 to 1e-3; fp16 outputs 2e-4, bf16 outputs 2e-3 of their own (4e-3 in Triton's
 # interpreter, which cuts bits off where a GPU rounds).
@@ -81,9 +87,9 @@ def attended(batch: Batch, hopper: bool, exact: ExactBlocks | None = None, frame
 
 
 @pytest.mark.parametrize("hopper, queries, dtype", STEPS)
-@pytest.mark.parametrize("head_size, key_bits, value_bits", WIDTHS)
-def test_every_width(head_size, key_bits, value_bits, hopper, queries, dtype):
-    batch = filled(Batch(CacheFormat(head_size, key_bits, value_bits), [200, 63, 0], queries, 2, 3, dtype))
+@pytest.mark.parametrize("head_size, key_bits, value_bits, value_codec", WIDTHS)
+def test_every_width(head_size, key_bits, value_bits, value_codec, hopper, queries, dtype):
+    batch = filled(Batch(CacheFormat(head_size, key_bits, value_bits, value_codec), [200, 63, 0], queries, 2, 3, dtype))
     assert relative_rms(attended(batch, hopper), expected(batch)) < LIMIT[dtype]
 
 

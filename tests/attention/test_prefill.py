@@ -18,7 +18,13 @@ from vllm_powerquant.attention.kernels.prefill import ChunkPlan, Workspace, atte
 from vllm_powerquant.attention.rotation import SUPPORTED_HEAD_SIZES, unrotate
 
 BITS = (2, 3, 4, 8)
-WIDTHS = [pytest.param(d, k, v, id=f"d{d}-k{k}v{v}") for d, k, v in itertools.product(SUPPORTED_HEAD_SIZES, BITS, BITS)]
+WIDTHS = [
+    *(
+        pytest.param(d, k, v, "scalar", id=f"d{d}-k{k}v{v}")
+        for d, k, v in itertools.product(SUPPORTED_HEAD_SIZES, BITS, BITS)
+    ),
+    *(pytest.param(d, 4, 2, "trellis", id=f"d{d}-trellis") for d in SUPPORTED_HEAD_SIZES),
+]
 device = torch.device(DEVICE)
 # fp32: products of three TF32 terms. 16 bits: keys, values, weights and outputs are rounded, fp16 2e-4 and bf16 2e-3 each;
 # where a GPU rounds bf16 Triton's interpreter cuts it off, 3e-3 of each value, weight and output, always towards 0.
@@ -76,10 +82,10 @@ def attended(
     return out.cpu()
 
 
-@pytest.mark.parametrize("head_size, key_bits, value_bits", WIDTHS)
-def test_gather_every_width(head_size, key_bits, value_bits):
+@pytest.mark.parametrize("head_size, key_bits, value_bits, value_codec", WIDTHS)
+def test_gather_every_width(head_size, key_bits, value_bits, value_codec):
     """The workspace holds the reference's numbers, and zeros behind them."""
-    batch = filled(Batch(CacheFormat(head_size, key_bits, value_bits), [70], [30], 1, 1, torch.float32))
+    batch = filled(Batch(CacheFormat(head_size, key_bits, value_bits, value_codec), [70], [30], 1, 1, torch.float32))
     workspace = workspace_of(batch, capacity=128)
     workspace.keys.fill_(torch.nan)
     workspace.values.fill_(torch.nan)

@@ -23,7 +23,12 @@ BITS = (2, 3, 4, 8)
 # every pair at one head size; elsewhere each width once, as keys and values are stored independently
 EVERY_PAIR, PAIRS = list(itertools.product(BITS, BITS)), [(2, 8), (3, 4), (4, 2), (8, 3)]
 WIDTHS = [
-    pytest.param(d, k, v, id=f"d{d}-k{k}v{v}") for d in SUPPORTED_HEAD_SIZES for k, v in (EVERY_PAIR if d == 64 else PAIRS)
+    *(
+        pytest.param(d, k, v, "scalar", id=f"d{d}-k{k}v{v}")
+        for d in SUPPORTED_HEAD_SIZES
+        for k, v in (EVERY_PAIR if d == 64 else PAIRS)
+    ),
+    *(pytest.param(d, 4, 2, "trellis", id=f"d{d}-trellis") for d in SUPPORTED_HEAD_SIZES),
 ]
 KERNELS = ["portable"] if DEVICE == "cpu" or torch.version.hip else ["portable", "nvidia-small", "nvidia-large"]
 
@@ -63,11 +68,11 @@ def expected(cache_format, cache, key, value, slots, frame=None) -> torch.Tensor
     return cache
 
 
-@pytest.mark.parametrize("head_size, key_bits, value_bits", WIDTHS)
-def test_every_width(head_size, key_bits, value_bits, kernel):
+@pytest.mark.parametrize("head_size, key_bits, value_bits, value_codec", WIDTHS)
+def test_every_width(head_size, key_bits, value_bits, value_codec, kernel):
     if kernel == "portable" and DEVICE == "cuda" and outer_order(head_size) > 1 and key_bits != 4:
         pytest.skip("compiles for half a minute; runs interpreted where there is no GPU")
-    batch = Batch(CacheFormat(head_size, key_bits, value_bits), [67], [3], 1, 1, torch.float32)
+    batch = Batch(CacheFormat(head_size, key_bits, value_bits, value_codec), [67], [3], 1, 1, torch.float32)
     arguments = (batch.format, batch.cache, batch.keys[0], batch.values[0], batch.slots(0))
     assert torch.equal(stored(kernel, *arguments), expected(*arguments))
 
@@ -110,9 +115,10 @@ def test_codes_at_every_boundary(head_size, bits, kernel):
         assert torch.equal(magnitude.cpu(), (levels[idx] + 0.5).abs())
 
 
-def test_extremes(kernel):
+@pytest.mark.parametrize("value_codec", ["scalar", "trellis"])
+def test_extremes(value_codec, kernel):
     """Zeros of both signs, vectors that cancel, and norms from below to above the range of fp32."""
-    cache_format = CacheFormat(64)
+    cache_format = CacheFormat(64, value_codec=value_codec)
     g = torch.Generator().manual_seed(0)
     zeros, ones = torch.zeros(64), torch.ones(64)
     one_hot = zeros.index_fill(0, torch.tensor([5]), 3.0)

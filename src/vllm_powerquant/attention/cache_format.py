@@ -9,7 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..codebooks.tables import Codebook, load_codebook
+from ..config import PowerQuantConfig
+from ..errors import PowerQuantConfigError
 from .layout import PageLayout
+
+SCALAR, TRELLIS = "scalar", "trellis"
 
 
 @dataclass(frozen=True)
@@ -17,16 +21,37 @@ class CacheFormat:
     """Layout and codebooks of one compressed cache.
 
     2-bit values use even levels, which the GPU kernel decodes without a table for 1 % more error; every other width up to
-    4 bits uses Lloyd-Max levels, 8 bits a uniform grid.
+    4 bits uses Lloyd-Max levels, 8 bits a uniform grid. With the trellis codec, 2-bit values are what trellis.py says.
+
+    Raises: PowerQuantConfigError for a codec that does not exist, or a trellis of other than 2-bit values.
     """
 
     head_size: int
     key_bits: int = 4
     value_bits: int = 2
+    value_codec: str = SCALAR
+
+    def __post_init__(self) -> None:
+        if self.value_codec not in (SCALAR, TRELLIS):
+            raise PowerQuantConfigError(f"value_codec must be {SCALAR} or {TRELLIS}, got {self.value_codec!r}")
+        if self.is_trellis and self.value_bits != 2:
+            raise PowerQuantConfigError(
+                f"value_codec {TRELLIS} is for value_bits 2, got value_bits {self.value_bits}; give value_codec {SCALAR}"
+            )
+
+    @classmethod
+    def of(cls, config: PowerQuantConfig, head_size: int) -> CacheFormat:
+        """The format that options ask for; their value_codec is that of 2-bit values."""
+        codec = config.value_codec if config.value_bits == 2 else SCALAR
+        return cls(head_size, config.key_bits, config.value_bits, codec)
+
+    @property
+    def is_trellis(self) -> bool:
+        return self.value_codec == TRELLIS
 
     @functools.cached_property
     def layout(self) -> PageLayout:
-        return PageLayout(self.head_size, self.key_bits, self.value_bits)
+        return PageLayout(self.head_size, self.key_bits, self.value_bits, flip_values=not self.is_trellis)
 
     @functools.cached_property
     def key_codebook(self) -> Codebook:
@@ -34,6 +59,8 @@ class CacheFormat:
 
     @functools.cached_property
     def value_codebook(self) -> Codebook:
+        if self.is_trellis:
+            return load_codebook(self.head_size, 2, TRELLIS)
         return load_codebook(self.head_size, self.value_bits, "uniform" if self.value_bits == 2 else "lloyd_max")
 
     def scale_factor(self, codebook: Codebook) -> np.float32:

@@ -253,15 +253,17 @@ def _log_cache(model, config) -> None:
     from .cache_format import CacheFormat
 
     head_size, layers, heads = model.get_head_size(), model.get_total_num_hidden_layers(), model.get_total_num_kv_heads()
-    slot = CacheFormat(head_size, config.key_bits, config.value_bits).layout.slot_bytes
+    cache_format = CacheFormat.of(config, head_size)
+    slot = cache_format.layout.slot_bytes
     protected = min(layers, 2 * config.protected_layers)
     packed = heads * ((layers - protected) * slot + protected * 2 * head_size * model.dtype.itemsize)
     bf16 = heads * layers * 2 * head_size * 2
     init_logger("vllm.powerquant").info(
-        "POWERQUANT: keys %d bits, values %d bits, last %d and first %d tokens of a request exact, %d protected layers, %s; "
+        "POWERQUANT: keys %d bits, values %d bits (%s), last %d and first %d tokens of a request exact, %d protected layers, %s; "
         "%d bytes a token, %.2f times less than bf16 (%d)",
         config.key_bits,
         config.value_bits,
+        cache_format.value_codec,
         config.residual_tokens,
         config.sink_tokens,
         protected,

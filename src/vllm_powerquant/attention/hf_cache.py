@@ -197,13 +197,14 @@ class PowerQuantCache(Cache):
         head_size: int,
         key_bits: int = 4,
         value_bits: int = 2,
+        value_codec: str = "scalar",
         residual_tokens: int = 128,
         sink_tokens: int = 4,
         protected_layers: int = 0,
         key_frames: Sequence[torch.Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        cache_format = CacheFormat(head_size, key_bits, value_bits)
+        cache_format = CacheFormat(head_size, key_bits, value_bits, value_codec)
         signs = None
         if seed:
             generator = torch.Generator().manual_seed(seed)

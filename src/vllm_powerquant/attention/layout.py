@@ -17,7 +17,7 @@ Two planes are stored in the form that the kernels decode with the fewest instru
     4-bit keys    each 4 bytes are one 32-bit word of 4 low-half channels A and 4 high-half channels Z, as sign and
                   magnitude: magnitude of A_i at bit 4i, of Z_i at bit 16 + 4i, sign of A_i at bit 8i + 7, of Z_i at 8i + 3
                   (idx 8..15: sign 0, magnitude idx - 8; idx 0..7: sign 1, magnitude 7 - idx)
-    2-bit values  field 3 is stored with its high bit flipped (two's complement of idx - 2)
+    2-bit values  field 3 is stored with its high bit flipped (two's complement of idx - 2); not those of the trellis codec
 An 8-bit idx is stored as the signed level idx - 128.
 
 No byte is shared by two tokens: writing a token never reads, so the store needs no locks in any token order.
@@ -54,6 +54,7 @@ class PageLayout:
     head_size: int
     key_bits: int = 4
     value_bits: int = 2
+    flip_values: bool = True  # of 2 bits, field 3
 
     def __post_init__(self) -> None:
         check_head_size(self.head_size)
@@ -132,7 +133,7 @@ class PageLayout:
         """
         scales = [s.contiguous().unsqueeze(-1).view(torch.uint8) for s in (key_scale, value_scale)]
         planes = _pack(key_idx, self.key_bits, self.key_bits == 4, False)
-        planes += _pack(value_idx, self.value_bits, False, self.value_bits == 2)
+        planes += _pack(value_idx, self.value_bits, False, self.value_bits == 2 and self.flip_values)
         return torch.cat(planes + scales, dim=-1)
 
     def unpack_slots(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -143,7 +144,7 @@ class PageLayout:
         return (
             _unpack(keys, self.head_size, self.key_bits, self.key_bits == 4, False),
             scales[..., 0],
-            _unpack(values, self.head_size, self.value_bits, False, self.value_bits == 2),
+            _unpack(values, self.head_size, self.value_bits, False, self.value_bits == 2 and self.flip_values),
             scales[..., 1],
         )
 

@@ -4,7 +4,7 @@ A vector x (a key in its head's frame, or a value) becomes codes and one scale:
 
     h = H S x                      signs S, Hadamard matrix H (rotation.py)
     t = h / (rms(h) * step)        in units of the codebook's integer grid
-    idx = nearest level            level n means n + 1/2
+    idx = nearest level            level n means n + 1/2 (2-bit values of the trellis codec: trellis.py)
     scale = |h|^2 / <h, n + 1/2> / (step * sqrt(head_size))
 
 The scale is the unbiased one (<x, x^> = |x|^2): averaging many values then removes the quantization noise without
@@ -22,6 +22,8 @@ import torch
 from ..codebooks.tables import Codebook
 from .cache_format import CacheFormat
 from .rotation import hadamard_transform, rotate, unrotate
+from .trellis import encode as encode_trellis
+from .trellis import levels as trellis_levels
 
 SCALE_MIN, SCALE_MAX = 2.0**-24, 65504.0  # smallest and largest positive fp16
 
@@ -57,11 +59,13 @@ def quantize(x: torch.Tensor, codebook: Codebook, scale_factor: float) -> tuple[
     levels = torch.tensor(codebook.levels, dtype=torch.float32, device=x.device)
     boundaries = (levels[1:] + levels[:-1] + 1.0) * 0.5
     t = h * inverse[..., None]
-    if codebook.bits == 8:
+    if codebook.kind == "trellis":
+        idx = encode_trellis(t)
+    elif codebook.bits == 8:
         idx = torch.nan_to_num(torch.floor(t), nan=-128.0).clamp(-128, 127) + 128
     else:
         idx = (t.unsqueeze(-1) >= boundaries).sum(-1)
-    grid = levels[idx.long()] + 0.5
+    grid = _levels(idx, codebook).float() + 0.5
     scale = energy / tree_sum(h * grid) * torch.tensor(scale_factor, dtype=torch.float32)
     scale = torch.where(energy > 0, scale, torch.zeros_like(scale)).clamp(SCALE_MIN, SCALE_MAX)
     scale = torch.where(torch.isfinite(energy), scale, torch.full_like(scale, math.nan))
@@ -70,8 +74,14 @@ def quantize(x: torch.Tensor, codebook: Codebook, scale_factor: float) -> tuple[
 
 def dequantize(idx: torch.Tensor, scale: torch.Tensor, codebook: Codebook) -> torch.Tensor:
     """idx [..., head_size] uint8, scale [...] fp16 -> [..., head_size] fp64, still in rotated space."""
-    levels = torch.tensor(codebook.levels, dtype=torch.float64, device=idx.device)
-    return (levels[idx.long()] + 0.5) * float(codebook.step) * scale.double()[..., None]
+    return (_levels(idx, codebook).double() + 0.5) * float(codebook.step) * scale.double()[..., None]
+
+
+def _levels(idx: torch.Tensor, codebook: Codebook) -> torch.Tensor:
+    """Integers n of idx [..., head_size]."""
+    if codebook.kind == "trellis":
+        return trellis_levels(idx)
+    return torch.tensor(codebook.levels, device=idx.device)[idx.long()]
 
 
 def in_frame(key: torch.Tensor, key_frame: torch.Tensor | None) -> torch.Tensor:

@@ -109,7 +109,7 @@ def packed_backend(config: PowerQuantConfig) -> type[PowerQuantBackend]:
             # vLLM calls this hook temporary; everything that depends on it is here
             if spec.state_content_bytes is not None:
                 return spec
-            layout = CacheFormat(spec.head_size, config.key_bits, config.value_bits).layout
+            layout = CacheFormat.of(config, spec.head_size).layout
             return replace(spec, dtype=torch.uint8, state_content_bytes=layout.slot_bytes)
 
     return PackedBackend
@@ -243,7 +243,7 @@ class PowerQuantImpl(AttentionImpl):
         self.is_protected = False
         self._is_decided = False
         self.key_frame: torch.Tensor | None = None  # [num_kv_heads, 3, head_size] fp32
-        self.kernels = self._make_kernels(CacheFormat(head_size, self.config.key_bits, self.config.value_bits))
+        self.kernels = self._make_kernels(CacheFormat.of(self.config, head_size))
 
     def _make_kernels(self, cache_format: CacheFormat) -> CpuKernels | GpuKernels:
         if current_platform.is_cpu():

@@ -11,6 +11,7 @@ import torch
 from ...errors import PowerQuantUnsupportedError
 from ..cache_format import CacheFormat
 from ..rotation import outer_matrix, outer_order, random_signs, rotation_matrix
+from ..trellis import ring_length
 from .cpu_build import build
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -23,6 +24,7 @@ class _Format(ctypes.Structure):
         ("outer_order", _I32),
         ("key_bits", _I32),
         ("value_bits", _I32),
+        ("value_ring", _I32),
         ("key_plane", _I64 * 2),
         ("value_plane", _I64 * 2),
         ("key_scale", _I64),
@@ -188,6 +190,7 @@ class CpuKernels:
             outer_order=order,
             key_bits=cache_format.key_bits,
             value_bits=cache_format.value_bits,
+            value_ring=ring_length(cache_format.head_size) if cache_format.is_trellis else 0,
             key_plane=(_I64 * 2)(*layout.key_plane_offsets),
             value_plane=(_I64 * 2)(*layout.value_plane_offsets),
             key_scale=layout.key_scale_offset,

@@ -482,6 +482,8 @@ def _decode_kernel(
 
 def supports(cache_format: CacheFormat) -> bool:
     """Whether the kernel has this format: rows of whole words for every lane, tensors of powers of two."""
+    if cache_format.is_trellis:
+        return False
     return cache_format.head_size in (64, 128, 256) and not (cache_format.head_size == 64 and cache_format.key_bits == 3)
 
 

@@ -181,7 +181,7 @@ def tree_sum(x, lane, COUNT: tl.constexpr, LANES: tl.constexpr, GROUP: tl.conste
                 for c in tl.static_range(GROUP):
                     sums = sums + (x[c] + swap_lanes(x[c], lane, LANES >> (level + 1)),)
                 x = sums
-        for level in tl.static_range(3):
+        for level in tl.static_range(4):
             if (GROUP >> (level + 1)) > 0:
                 x = _fold(x, GROUP >> (level + 1))
         return x[0]

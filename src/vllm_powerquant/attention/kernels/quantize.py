@@ -12,10 +12,13 @@ import triton.language as tl
 
 from ...codebooks.tables import Codebook
 from ..cache_format import CacheFormat
+from ..trellis import LIMIT, UNIT, ring_length
 from .hadamard import outer_masks, signs_mask, tree_sum
 
 # smallest and largest positive fp16
 _SCALE_MIN, _SCALE_MAX = tl.constexpr(2.0**-24), tl.constexpr(65504.0)
+_LIMIT, _UNIT = tl.constexpr(LIMIT), tl.constexpr(float(UNIT))
+_ROUND = tl.constexpr(1.5 * 2.0**23)  # added and taken off again: rounds to an integer
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,15 @@ class VectorFormat:
     # (c1, c3, c5) or fewer terms: with x = (floor(2 t) + 1/2) / (4 limit) the code is floor(c1 x + c3 x**3 + c5 x**5);
     # empty where levels are even: it is floor(t)
     polynomial: tuple[float, ...]
+    ring: int  # channels of a ring of trellis.py, whose codes none of the three above finds; 0: the scalar codec
 
     @staticmethod
     def of(codebook: Codebook, scale_factor: float, planes: tuple[int, ...], scales: int) -> VectorFormat:
         half = len(codebook.levels) // 2
         magnitudes = tuple(level + 0.5 for level in codebook.levels[half:])
         limit, polynomial = float(half), ()
-        if magnitudes != tuple(i + 0.5 for i in range(half)):
+        ring = ring_length(codebook.head_size) if codebook.kind == "trellis" else 0
+        if not ring and magnitudes != tuple(i + 0.5 for i in range(half)):
             limit, polynomial = _code_polynomial(magnitudes)
         plane_bits = (2, 1) if codebook.bits == 3 else (codebook.bits,)
         return VectorFormat(
@@ -52,6 +57,7 @@ class VectorFormat:
             magnitudes=magnitudes,
             limit=limit,
             polynomial=polynomial,
+            ring=ring,
         )
 
 
@@ -171,6 +177,57 @@ def find_codes(t, VECTORS: tl.constexpr):
 
 
 @triton.jit
+def _encode_ring(h, inverse, FIRST: tl.constexpr, RING: tl.constexpr):
+    """trellis.encode of the ring in columns FIRST .. of h [TOKENS, LANES]: a tuple of RING symbols int32.
+
+    Sums are multiples of 4 with the symbol before in the last two bits, and below 2^24: fp32 holds them exactly, and the first
+    of equal sums is the least. They have a third dimension, the symbol that the ring ends with.
+    """
+    start = tl.arange(0, 4)[None, None, :]
+    none = tl.zeros([inverse.shape[0], inverse.shape[1], 4], tl.float32)
+    least = ()
+    for symbol in tl.static_range(4):
+        least = least + (tl.where(start == symbol, none, 2.0**23),)
+    choices = ()
+    for i in tl.static_range(RING):
+        x = h[FIRST + i] * inverse
+        x = tl.where(x > -_LIMIT, x, -_LIMIT)
+        x = tl.where(x < _LIMIT, x, _LIMIT)
+        x = ((x * _UNIT + _ROUND) - _ROUND)[:, :, None]
+        error = ()
+        for n in tl.static_range(16):
+            error = error + (4.0 * (_UNIT * (n - 7.5)) * (_UNIT * (n - 7.5)) - x * (8.0 * (_UNIT * (n - 7.5))),)
+        chosen = none.to(tl.int32)
+        now = ()
+        for symbol in tl.static_range(4):
+            best = least[0] + error[_level(symbol, 0)]
+            for before in tl.static_range(1, 4):
+                best = tl.minimum(best, least[before] + (error[_level(symbol, before)] + before))
+            tag = best.to(tl.int32) & 3
+            chosen = chosen | tag << (2 * symbol)
+            now = now + (best - tag.to(tl.float32),)
+        least = now
+        choices = choices + (chosen,)
+    ends = none
+    for symbol in tl.static_range(4):
+        ends = tl.where(start == symbol, least[symbol] + symbol, ends)
+    now = tl.min(ends, 2).to(tl.int32) & 3
+    of_start = start == now[:, :, None]
+    symbols = ()
+    for i in tl.static_range(RING - 1, -1, -1):
+        symbols = (now,) + symbols
+        now = tl.sum(tl.where(of_start, choices[i], 0), 2) >> (2 * now) & 3
+    return symbols
+
+
+@triton.constexpr_function
+def _level(symbol: int, before: int) -> int:
+    """n + 8 of trellis.py."""
+    k = symbol ^ (before >> 1)
+    return k + 4 * (k ^ (3 * (before & 1)))
+
+
+@triton.jit
 def quantize(h, lane, COUNT: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, VECTORS: tl.constexpr):
     """reference.quantize of columns h.
 
@@ -179,7 +236,14 @@ def quantize(h, lane, COUNT: tl.constexpr, LANES: tl.constexpr, GROUP: tl.conste
     energy, inverse = energy_and_inverse(h, lane, COUNT, LANES, GROUP, VECTORS.step)
     codes = ()
     terms = ()
-    for c in tl.static_range(COUNT):
+    for first in tl.static_range(0, COUNT if VECTORS.ring else 0, max(1, VECTORS.ring)):
+        symbols = _encode_ring(h, inverse, first, VECTORS.ring)
+        for i in tl.static_range(VECTORS.ring):
+            before = symbols[(i + VECTORS.ring - 1) % VECTORS.ring]
+            k = symbols[i] ^ (before >> 1)
+            codes = codes + (symbols[i] - 2,)
+            terms = terms + (h[first + i] * ((k + 4 * (k ^ (3 * (before & 1)))).to(tl.float32) - 7.5),)
+    for c in tl.static_range(0 if VECTORS.ring else COUNT):
         code, magnitude = find_codes(h[c] * inverse, VECTORS)
         codes = codes + (code,)
         # h and its level + 1/2 have the same sign, or their product does not count
@@ -197,7 +261,7 @@ def pack_plane(codes, SHIFT: tl.constexpr, BITS: tl.constexpr, VECTORS: tl.const
             byte = codes[k] & 255
         else:
             # field 3 of a 2-bit value has its high bit flipped
-            byte = codes[k] * 0 + (0x80 if IS_VALUE and VECTORS.bits == 2 else 0)
+            byte = codes[k] * 0 + (0x80 if IS_VALUE and VECTORS.bits == 2 and VECTORS.ring == 0 else 0)
             for field in tl.static_range(8 // BITS):
                 idx = codes[k + field * BYTES] + (1 << (VECTORS.bits - 1))
                 byte = byte ^ ((idx >> SHIFT) & ((1 << BITS) - 1)) << (field * BITS)

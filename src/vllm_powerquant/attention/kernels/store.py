@@ -135,7 +135,8 @@ def store(
     num_tokens = (exact_slots if cache is None else slots).shape[0]
     if num_tokens == 0:
         return
-    launch = _store_portable if portable or not _has_nvidia_kernel(key.device) else store_nvidia
+    nvidia = _has_nvidia_kernel(key.device) and not cache_format.is_trellis
+    launch = store_nvidia if nvidia and not portable else _store_portable
     launch(cache_format, cache, key, value, slots, key_frame, exact_cache, exact_slots, num_tokens)
 
 
@@ -174,11 +175,13 @@ def _check(cache_format, cache, key, value, slots, key_frame, exact_cache, exact
 def _store_portable(cache_format, cache, key, value, slots, key_frame, exact_cache, exact_slots, num_tokens) -> None:
     head_size, num_kv_heads = cache_format.head_size, key.shape[1]
     # the columns of a byte lie in one lane: eight of each in planes of one bit, which 3 bits have
-    group, fields = 4, 8 if 3 in (cache_format.key_bits, cache_format.value_bits) else 4
-    lanes = head_size // (group * fields) if head_size & (head_size - 1) == 0 else 1
-    # interpreted, a large program costs as much as a small one
-    tokens = 128 // lanes if key.is_cuda else 256
+    fields = 8 if 3 in (cache_format.key_bits, cache_format.value_bits) else 4
     for is_key, x, frame in ((True, key, key_frame), (False, value, None)):
+        # and those of a ring of the trellis
+        group = 16 if cache_format.is_trellis and not is_key else 4
+        lanes = head_size // (group * fields) if head_size & (head_size - 1) == 0 else 1
+        # interpreted, a large program costs as much as a small one
+        tokens = 128 // lanes if key.is_cuda else 256
         _store_kernel[(num_kv_heads, triton.cdiv(num_tokens, tokens))](
             x,
             frame,

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ..cache_format import CacheFormat
 from ..layout import SUB_PAGE_TOKENS
+from ..trellis import ring_length
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class PackedFormat:
     value_magnitudes: tuple[int, int] | None
     key_step: float
     value_step: float
+    value_ring: int  # channels of a ring of trellis.py; 0: the scalar codec
 
     @staticmethod
     @functools.cache
@@ -56,6 +58,7 @@ class PackedFormat:
             value_magnitudes=_words(values.levels),
             key_step=float(keys.step),
             value_step=float(values.step),
+            value_ring=ring_length(cache_format.head_size) if cache_format.is_trellis else 0,
         )
 
 
@@ -115,7 +118,14 @@ def load_key_levels(sub_page, position, FORMAT: tl.constexpr, DTYPE: tl.constexp
 def load_value_levels(sub_page, position, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
     """Levels of a sub-page's values: [T, padded_size], arguments as for load_key_levels."""
     channel = tl.arange(0, FORMAT.padded_size)[None, :]
-    return _load_levels(sub_page, position[:, None], channel, False, FORMAT, DTYPE)
+    if FORMAT.value_ring == 0:
+        return _load_levels(sub_page, position[:, None], channel, False, FORMAT, DTYPE)
+    RING: tl.constexpr = FORMAT.value_ring
+    before = channel // RING * RING + (channel % RING + RING - 1) % RING
+    idx = _load_field(sub_page + FORMAT.value_planes[0], position[:, None], channel, False, FORMAT.head_size, 2)
+    before = _load_field(sub_page + FORMAT.value_planes[0], position[:, None], before, False, FORMAT.head_size, 2)
+    k = idx ^ (before >> 1)
+    return _even_level(k + 4 * (k ^ (3 * (before & 1))), 8, DTYPE)
 
 
 @triton.jit
@@ -150,14 +160,20 @@ def _load_levels(sub_page, row, channel, KEYS: tl.constexpr, FORMAT: tl.constexp
             idx ^= 2 * (channel >= D // 4 * 3).to(tl.int32)
     HALF: tl.constexpr = 1 << (BITS - 1)
     if MAGNITUDES is None:
-        if DTYPE == tl.float16:
-            # without conversions: 0x6000 | 2 * i is 512 + i in fp16
-            return (2 * idx | 0x6000).to(tl.int16).to(tl.float16, bitcast=True) - (511.5 + HALF)
-        else:
-            return _as(idx - HALF, DTYPE)
+        return _even_level(idx, HALF, DTYPE)
     else:
         negative = 1 - (idx >> (BITS - 1))
         return _level((idx ^ -negative) & (HALF - 1), negative, KEYS, FORMAT, DTYPE)
+
+
+@triton.jit
+def _even_level(i, HALF: tl.constexpr, DTYPE: tl.constexpr):
+    """i from 0 to the level i - HALF."""
+    if DTYPE == tl.float16:
+        # without conversions: 0x6000 | 2 * i is 512 + i in fp16
+        return (2 * i | 0x6000).to(tl.int16).to(tl.float16, bitcast=True) - (511.5 + HALF)
+    else:
+        return _as(i - HALF, DTYPE)
 
 
 @triton.jit

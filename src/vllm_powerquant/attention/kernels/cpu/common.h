@@ -25,13 +25,14 @@ enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 // Mirrors vllm_powerquant.attention.kernels.cpu_kernels._Format.
 struct Format {
   int32_t head_size, outer_order, key_bits, value_bits;
+  int32_t value_ring;                      // channels of a ring of attention/trellis.py; 0: the scalar codec
   int64_t key_plane[2], value_plane[2];    // bytes from the sub-page's start
   int64_t key_scale, value_scale;          // likewise
   int64_t sub_page_bytes;
   const float* signs;                      // [head_size]
   const int8_t* outer;                     // [outer_order, outer_order], +-1
   const int8_t* key_levels;                // [2 ** key_bits], level n means n + 1/2
-  const int8_t* value_levels;              // [2 ** value_bits]
+  const int8_t* value_levels;              // [2 ** value_bits]; not used by the trellis
   float key_step, value_step;
   float key_scale_factor, value_scale_factor;
 };

@@ -4,7 +4,7 @@
 // one attention/reference.py names, in its order, so the bytes are equal to the reference's whatever the batch.
 #include <algorithm>
 
-#include "common.h"
+#include "unpack.h"
 
 namespace pq {
 
@@ -36,10 +36,70 @@ Vec tree_sum(Vec* x, int n) {
 
 Vec splat(float x) { return Vec{} + x; }
 
+// attention/trellis.py's encode: t [head_size] -> code and grid (n + 1/2), [head_size]. Sums are multiples of 4 with the
+// symbol before in the last two bits, and below 2^24, so floats hold them exactly and the first of equal sums is the least.
+void encode_trellis(const Vec* t, int head_size, int ring, IntVec* code, Vec* grid) {
+  constexpr float kLimit = 16.0f, kUnit = 8.0f, kFar = 0x1p23f, kRound = 0x1.8p23f;
+  int level[4][4];
+  for (int symbol = 0; symbol < 4; ++symbol)
+    for (int before = 0; before < 4; ++before) level[symbol][before] = trellis_level(symbol, before);
+  for (int first = 0; first < head_size; first += ring) {
+    Vec least[4][4];
+    for (int start = 0; start < 4; ++start)
+      for (int symbol = 0; symbol < 4; ++symbol) least[start][symbol] = splat(symbol == start ? 0.0f : kFar);
+    IntVec choices[16];  // of each start and symbol, the symbol before: 2 bits
+    for (int i = 0; i < ring; ++i) {
+      Vec x = t[first + i];
+      x = x > splat(-kLimit) ? x : splat(-kLimit);
+      x = x < splat(kLimit) ? x : splat(kLimit);
+      x = x * splat(kUnit) + splat(kRound) - splat(kRound);
+      Vec error[16];
+      for (int n = 0; n < 16; ++n) {
+        const float l = kUnit * (static_cast<float>(n) - 7.5f);
+        error[n] = splat(4.0f * l * l) - splat(8.0f * l) * x;
+      }
+      IntVec chosen = {};
+      for (int start = 0; start < 4; ++start) {
+        Vec next[4];
+        for (int symbol = 0; symbol < 4; ++symbol) {
+          Vec best = least[start][0] + error[level[symbol][0]];
+          for (int before = 1; before < 4; ++before) {
+            const Vec sum = least[start][before] + splat(static_cast<float>(before)) + error[level[symbol][before]];
+            best = sum < best ? sum : best;
+          }
+          const IntVec tag = __builtin_convertvector(best, IntVec) & 3;
+          chosen |= tag << (8 * start + 2 * symbol);
+          next[symbol] = best - __builtin_convertvector(tag, Vec);
+        }
+        for (int symbol = 0; symbol < 4; ++symbol) least[start][symbol] = next[symbol];
+      }
+      choices[i] = chosen;
+    }
+    Vec best = least[0][0];
+    IntVec start = {};
+    for (int s = 1; s < 4; ++s) {
+      const IntVec better = least[s][s] < best;
+      best = better ? least[s][s] : best;
+      start = better ? IntVec{} + s : start;
+    }
+    IntVec now = start;
+    for (int i = ring - 1; i >= 0; --i) {
+      code[first + i] = now;
+      now = choices[i] >> (8 * start + 2 * now) & 3;
+    }
+    for (int i = 0; i < ring; ++i) {
+      const IntVec before = code[first + (i + ring - 1) % ring];
+      const IntVec a = code[first + i] ^ before >> 1;
+      grid[first + i] = __builtin_convertvector(a + 4 * (a ^ 3 * (before & 1)), Vec) - splat(7.5f);
+    }
+  }
+}
+
 // h [head_size] vectors of 16 lanes -> idx [16][head_size], scale [16] (see reference.quantize)
-void quantize(Vec* h, int head_size, int bits, const int8_t* levels, float step, float scale_factor, uint8_t* idx,
+void quantize(Vec* h, int head_size, int bits, int ring, const int8_t* levels, float step, float scale_factor, uint8_t* idx,
               _Float16* scale) {
-  Vec terms[kMaxHeadSize];
+  Vec terms[kMaxHeadSize], grids[kMaxHeadSize];
+  IntVec codes[kMaxHeadSize];
   for (int i = 0; i < head_size; ++i) terms[i] = h[i] * h[i];
   const Vec energy = tree_sum(terms, head_size);
   const Vec mean = energy / static_cast<float>(head_size);
@@ -47,11 +107,18 @@ void quantize(Vec* h, int head_size, int bits, const int8_t* levels, float step,
   for (int lane = 0; lane < kLanes; ++lane)
     inverse[lane] = energy[lane] > 0 ? 1.0f / (std::sqrt(mean[lane]) * step) : 0.0f;
   const int n = 1 << bits;
+  if (ring) {
+    for (int i = 0; i < head_size; ++i) terms[i] = h[i] * inverse;
+    encode_trellis(terms, head_size, ring, codes, grids);
+  }
   for (int i = 0; i < head_size; ++i) {
     const Vec t = h[i] * inverse;
     IntVec code = {};
     Vec grid;
-    if (bits == 8) {
+    if (ring) {
+      code = codes[i];
+      grid = grids[i];
+    } else if (bits == 8) {
       for (int lane = 0; lane < kLanes; ++lane) {
         const float level = std::floor(t[lane]);
         code[lane] = level >= -128.0f ? static_cast<int>(std::min(level, 127.0f)) + 128 : 0;
@@ -121,7 +188,7 @@ void pack_value(const Format& f, const uint8_t* idx, uint8_t* sub_page, int posi
   } else if (f.value_bits == 4) {
     for (int k = 0; k < d / 2; ++k) out[k * kTokens] = static_cast<uint8_t>(idx[k] | idx[d / 2 + k] << 4);
   } else {
-    const int width = d / 4, flip = f.value_bits == 2 ? 0x80 : 0;
+    const int width = d / 4, flip = f.value_bits == 2 && !f.value_ring ? 0x80 : 0;
     for (int k = 0; k < width; ++k) {
       int byte = flip;
       for (int field = 0; field < 4; ++field) byte ^= (idx[field * width + k] & 3) << 2 * field;
@@ -163,9 +230,9 @@ void store_batch(const StoreArgs& a, int64_t first, int64_t count, bool is_key) 
   }
   hadamard(h, scratch, d, f.outer_order, f.outer, false);
   if (is_key)
-    quantize(h, d, f.key_bits, f.key_levels, f.key_step, f.key_scale_factor, idx, scale);
+    quantize(h, d, f.key_bits, 0, f.key_levels, f.key_step, f.key_scale_factor, idx, scale);
   else
-    quantize(h, d, f.value_bits, f.value_levels, f.value_step, f.value_scale_factor, idx, scale);
+    quantize(h, d, f.value_bits, f.value_ring, f.value_levels, f.value_step, f.value_scale_factor, idx, scale);
   for (int lane = 0; lane < count; ++lane) {
     const int64_t token = (first + lane) / a.num_kv_heads, head = (first + lane) % a.num_kv_heads;
     const int64_t slot = a.slots[token];

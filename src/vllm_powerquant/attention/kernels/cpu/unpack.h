@@ -50,12 +50,25 @@ inline int code_at(const uint8_t* low, const uint8_t* high, int bits, int d, int
   }
 }
 
+// attention/trellis.py: n + 8 of a symbol and the one before it in its ring.
+inline int trellis_level(int symbol, int before) {
+  const int a = symbol ^ before >> 1;
+  return a + 4 * (a ^ 3 * (before & 1));
+}
+
 [[maybe_unused]] inline void unpack_values_plain(const Format& f, const uint8_t* page, PackedTile& s) {
   const int d = f.head_size;
   const uint8_t *low = page + f.value_plane[0], *high = page + f.value_plane[1];
-  const int flip = f.value_bits == 2 ? 2 : 0;
+  const int flip = f.value_bits == 2 ? 2 : 0, n = f.value_ring;
   for (int i = 0; i < d; ++i)
     for (int position = 0; position < kTokens; ++position) {
+      if (n) {
+        const int before = i / n * n + (i % n + n - 1) % n;
+        const int level = trellis_level(code_at(low + position, high, 2, d, i, kTokens),
+                                        code_at(low + position, high, 2, d, before, kTokens));
+        s.values[(position / 4 * d + i) * 4 + position % 4] = static_cast<uint8_t>(level + 120);
+        continue;
+      }
       int code = code_at(low + position, high + position, f.value_bits, d, i, kTokens);
       if (i >= d - d / 4) code ^= flip;
       s.values[(position / 4 * d + i) * 4 + position % 4] = s.value_lut[code];
@@ -154,6 +167,30 @@ inline void unpack_values(const Format& f, const uint8_t* page, PackedTile& s) {
       for (int i = 0; i < 16; ++i) {
         put(i, first, count, lookup(_mm512_and_si512(w[i], fifteen), lut));
         put(i, d / 2 + first, count, lookup(_mm512_and_si512(_mm512_srli_epi32(w[i], 4), fifteen), lut));
+      }
+    }
+  } else if (f.value_ring) {
+    const int n = f.value_ring;
+    alignas(64) int32_t lane_before[16];
+    for (int i = 0; i < 16; ++i) lane_before[i] = (i + n - 1) % n;
+    const __m512i ring = _mm512_load_si512(lane_before);
+    const __m512i low_bits = _mm512_set1_epi8(0x55), high_bits = _mm512_set1_epi8(static_cast<char>(0xAA));
+    const __m512i a_bits = _mm512_set1_epi8(0x33), fifteen = _mm512_set1_epi8(15), offset = _mm512_set1_epi8(120);
+    for (int first = 0; first < d / 4; first += n) {
+      columns(low + first * kTokens, n, w);
+      for (int i = 0; i < 16; ++i) {
+        // four fields of symbols at once: a, then b, as trellis_level
+        const __m512i before = _mm512_permutexvar_epi32(ring, w[i]);
+        const __m512i a = _mm512_xor_si512(w[i], _mm512_and_si512(_mm512_srli_epi32(before, 1), low_bits));
+        const __m512i twice = _mm512_or_si512(_mm512_and_si512(before, low_bits),
+                                              _mm512_and_si512(_mm512_slli_epi32(before, 1), high_bits));
+        const __m512i b = _mm512_xor_si512(a, twice);
+        const __m512i even = _mm512_or_si512(_mm512_and_si512(a, a_bits), _mm512_andnot_si512(a_bits, _mm512_slli_epi32(b, 2)));
+        const __m512i odd = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(a, 2), a_bits), _mm512_andnot_si512(a_bits, b));
+        put(i, first, n, _mm512_add_epi8(_mm512_and_si512(even, fifteen), offset));
+        put(i, d / 4 + first, n, _mm512_add_epi8(_mm512_and_si512(odd, fifteen), offset));
+        put(i, d / 2 + first, n, _mm512_add_epi8(_mm512_and_si512(_mm512_srli_epi32(even, 4), fifteen), offset));
+        put(i, d / 4 * 3 + first, n, _mm512_add_epi8(_mm512_and_si512(_mm512_srli_epi32(odd, 4), fifteen), offset));
       }
     }
   } else if (bits == 2) {
