@@ -34,7 +34,7 @@ def check(batch: Batch, exact=None, frame=None) -> None:
 
 
 # each width of keys and of values at every head size that has a kernel for it; a variant takes seconds to compile
-WIDTHS = [
+SCALAR_WIDTHS = [
     (64, 4, 2),
     (64, 2, 8),
     (64, 8, 3),
@@ -46,14 +46,15 @@ WIDTHS = [
     (256, 3, 4),
     (256, 8, 8),
 ]
+WIDTHS = [*((*w, "scalar") for w in SCALAR_WIDTHS), *((d, 4, 2, "trellis") for d in HEAD_SIZES), (128, 3, 2, "trellis")]
 
 
 @pytest.mark.parametrize(
     "queries, dtype", [([1, 1, 1], torch.bfloat16), ([1, 3, 2], torch.float16)], ids=["plain", "drafts"]
 )
-@pytest.mark.parametrize("head_size, key_bits, value_bits", WIDTHS)
-def test_every_width(head_size, key_bits, value_bits, queries, dtype):
-    attention.test_every_width(head_size, key_bits, value_bits, True, queries, dtype)
+@pytest.mark.parametrize("head_size, key_bits, value_bits, value_codec", WIDTHS)
+def test_every_width(head_size, key_bits, value_bits, value_codec, queries, dtype):
+    attention.test_every_width(head_size, key_bits, value_bits, value_codec, True, queries, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -176,7 +177,7 @@ def kernel(request, monkeypatch) -> str:
     [(64, 4, 2), (64, 2, 8), (80, 4, 2), (128, 4, 2), (128, 3, 4), (128, 8, 3), (256, 4, 2)],
 )
 def test_stores_of_every_width(head_size, key_bits, value_bits, kernel):
-    stores.test_every_width(head_size, key_bits, value_bits, kernel)
+    stores.test_every_width(head_size, key_bits, value_bits, "scalar", kernel)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_stores_of_dtypes_and_frame(dtype, head_size, kernel):
 
 
 def test_stores_of_extremes(kernel):
-    stores.test_extremes(kernel)
+    stores.test_extremes("scalar", kernel)
 
 
 def test_stores_of_padding(kernel):

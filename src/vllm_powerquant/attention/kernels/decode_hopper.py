@@ -47,11 +47,13 @@ from .unpack_hopper import (
     key_channel_dims,
     key_parts,
     key_width,
+    lane_before,
     load_keys,
     load_values,
     max_warps,
     top_field_sums,
     value_asm,
+    value_channel,
 )
 
 SEGMENT_COST = 5  # tiles that entering a segment costs: query, first copies, first maximum (H200, 2026-11-24)
@@ -254,7 +256,7 @@ def _decode_kernel(
     stride_block: gl.int64, stride_head: gl.int64,
     stride_exact: gl.int64, stride_exact_head: gl.int64,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, ROW_BLOCKS: gl.constexpr, R: gl.constexpr, D: gl.constexpr,
-    KEY_BITS: gl.constexpr, VALUE_BITS: gl.constexpr, VALUE_STEP: gl.constexpr,
+    KEY_BITS: gl.constexpr, VALUE_BITS: gl.constexpr, TRELLIS: gl.constexpr, VALUE_STEP: gl.constexpr,
     KEY_ASM: gl.constexpr, VALUE_ASM: gl.constexpr, KEY_TABLE: gl.constexpr, VALUE_TABLE: gl.constexpr,
     KEY_SHAPE: gl.constexpr, KEY_AXES: gl.constexpr,
     BLOCK_TILES: gl.constexpr, RESIDUAL: gl.constexpr, SINKS: gl.constexpr, EXACT_BLOCK: gl.constexpr,
@@ -281,7 +283,8 @@ def _decode_kernel(
     run = gl.program_id(0)
     num_entries = 2 * num_requests
     x, x_end, b, tiles, begin, end, query0, queries, context = load_run(runs_ptr + run * FIELDS)
-    key_table, value_table = in_register(KEY_TABLE), in_register(VALUE_TABLE)
+    key_table = in_register(KEY_TABLE)
+    value_table = lane_before() if TRELLIS else in_register(VALUE_TABLE)
     slot = 0
     # the line's first part: exact tokens
     while (x < x_end) & (b < num_requests):
@@ -431,7 +434,9 @@ def _decode_kernel(
                             ones = _shifted(ones, shift, R, 8, MMA)
                         m = m1
                     norm = norm1
-                    values = load_values(v0.index(at_stage), v1.index(at_stage), value_table, D, VALUE_BITS, VALUE_ASM, LV)
+                    values = load_values(
+                        v0.index(at_stage), v1.index(at_stage), value_table, D, VALUE_BITS, TRELLIS, VALUE_ASM, LV
+                    )
                     p8 = _weight_bytes(weights, p_smem, R, W, LPA)
                     _copy_tile(
                         k0.index(at_stage), k1.index(at_stage), v0.index(at_stage), v1.index(at_stage), n.index(at_stage),
@@ -444,7 +449,7 @@ def _decode_kernel(
                 async_copy.wait_group(0)
 
                 if VALUE_BITS == 2:
-                    acc = top_field_sums(acc, D)
+                    acc = top_field_sums(acc, D, TRELLIS)
                 out = _whole(acc, R, D)
                 LO: gl.constexpr = out.type.layout
                 sums = _whole(ones, R, 8)
@@ -454,7 +459,13 @@ def _decode_kernel(
                 seen = norm_row > 0.0
                 inverse = gl.convert_layout(gl.where(seen, VALUE_STEP / norm_row, 0.0), gl.SliceLayout(1, LO))[:, None]
                 col = gl.arange(0, D, layout=gl.SliceLayout(0, LO))
-                if VALUE_BITS == 2:
+                if TRELLIS:
+                    # fields 2 and 3 were read 16 times too large; fields 0 and 1 hold n + 8
+                    upper = col >= D // 2
+                    weight, shift = gl.where(upper, 0.0625, 1.0), gl.where(upper, 0.5, -7.5)
+                    out = (out * weight[None, :] + sums * shift[None, :]) * inverse
+                    col = value_channel(col, D)
+                elif VALUE_BITS == 2:
                     # field f of a byte was read 4^f times too large; fields 0 to 2 hold idx, field 3 holds idx - 2
                     field = col // (D // 4)
                     weight = gl.where(field == 0, 1.0, gl.where(field == 1, 0.25, gl.where(field == 2, 0.0625, 0.015625)))
@@ -482,8 +493,6 @@ def _decode_kernel(
 
 def supports(cache_format: CacheFormat) -> bool:
     """Whether the kernel has this format: rows of whole words for every lane, tensors of powers of two."""
-    if cache_format.is_trellis:
-        return False
     return cache_format.head_size in (64, 128, 256) and not (cache_format.head_size == 64 and cache_format.key_bits == 3)
 
 
@@ -511,7 +520,7 @@ _SCRATCH_BYTES = 512  # that Triton asks for beside what the kernel does
 def tuning(cache_format: CacheFormat, row_sets: int) -> Tuning:
     """As many programs an SM as _SM_WARPS says, or as find room for their tiles."""
     head_size, tile = cache_format.head_size, cache_format.layout.sub_page_bytes
-    warps = min(row_sets, max_warps(head_size, cache_format.value_bits))
+    warps = min(row_sets, max_warps(head_size, cache_format.value_bits, cache_format.is_trellis))
     wanted = _SM_WARPS[head_size, row_sets, warps] // warps
     # beside tiles: what warps exchange (p_smem, top_smem), queries that a tile's keys have no room for (q_smem)
     exchanged = (warps > 1) * (1024 * row_sets + 128 * warps) + (row_sets > 1) * 32 * head_size
@@ -628,6 +637,7 @@ def attend(
         D=head_size,
         KEY_BITS=cache_format.key_bits,
         VALUE_BITS=cache_format.value_bits,
+        TRELLIS=cache_format.is_trellis,
         VALUE_STEP=float(cache_format.value_codebook.step),
         KEY_ASM=key_ptx,
         VALUE_ASM=value_ptx,

@@ -103,12 +103,16 @@ def _three_bit_selectors(odd: int, low: str, high: str, *outs: str) -> list[str]
 def value_asm(codebook) -> tuple[str, ...]:
     """PTX that turns four positions of packed value columns into signed bytes, one register a field (8 bits: none).
 
+    A trellis: two columns, the second of which follows the first in its ring; see _trellis_asm.
+
     2 bits: fields 0 to 2 with their weight 4^f, which is divided out of the sums, and the byte itself, which is field 3 once
     the sums of the others are taken off (top_field_sums). 3 and 4 bits go through the levels' table.
     """
     bits = codebook.bits
     if bits == 8:
         return ()
+    if codebook.kind == "trellis":
+        return (_trellis_asm(),)
     if bits == 2:
         masks = ("0x03030303", "0x0C0C0C0C", "0x30303030")
         return (" ".join([*(f"and.b32 ${i}, $4, {mask};" for i, mask in enumerate(masks)), "mov.b32 $3, $4;"]),)
@@ -147,6 +151,31 @@ def value_asm(codebook) -> tuple[str, ...]:
     )
 
 
+def _trellis_asm() -> str:
+    """Columns $8 and $9 of symbols, of even and odd channels of a ring: an even one's channel before is in the lane $10.
+
+    a and b are those of trellis.py for all fields of a byte, b of fields 2 and 3 with its high bit flipped. Of each column: field
+    0 and field 1 as n + 8; bytes whose upper half is n of field 2 and of field 3 and whose lower half is that of the first two.
+    """
+    lines = ["shfl.sync.idx.b32 p, $9, $10, 0x1F, 0xFFFFFFFF;"]
+    for column, (now, before) in enumerate((("$8", "p"), ("$9", "$8"))):
+        out = [f"${column + 2 * field}" for field in range(4)]
+        lines += [
+            f"shr.u32 t, {before}, 1;",
+            f"lop3.b32 a, {now}, t, 0x55555555, 0x78;",
+            f"shl.b32 t, {before}, 1;",
+            f"lop3.b32 t, t, {before}, 0xAAAAAAAA, 0xE4;",
+            "lop3.b32 b, a, t, 0xA0A0A0A0, 0x96;",
+            "shl.b32 t, b, 2;",
+            f"lop3.b32 {out[2]}, a, t, 0x33333333, 0xE4;",
+            "shr.u32 t, a, 2;",
+            f"lop3.b32 {out[3]}, t, b, 0x33333333, 0xE4;",
+            f"and.b32 {out[0]}, {out[2]}, 0x0F0F0F0F;",
+            f"and.b32 {out[1]}, {out[3]}, 0x0F0F0F0F;",
+        ]
+    return _asm(lines, "p t a b", {})
+
+
 def key_parts(head_size: int, bits: int) -> int:
     """Parts of the channels whose keys are unpacked one after the other: the fewer at once, the fewer registers."""
     if bits == 3:
@@ -155,8 +184,13 @@ def key_parts(head_size: int, bits: int) -> int:
     return max(1, min(4, head_size * bits // 128, head_size // 32))
 
 
-def max_warps(head_size: int, value_bits: int) -> int:
-    """Warps that can share out load_values' columns: each has some blocks of 8 of those that a load brings."""
+def max_warps(head_size: int, value_bits: int, trellis: bool = False) -> int:
+    """Warps that can share out load_values' columns: each has some blocks of 8 of those that a load brings.
+
+    Of a trellis they come in pairs.
+    """
+    if trellis:
+        return head_size // 64
     loaded_together = {2: head_size // 4, 3: head_size // 8, 4: head_size // 2, 8: head_size}[value_bits]
     return loaded_together // 8
 
@@ -192,6 +226,9 @@ def key_width(head_size: int, key_bits: int) -> int:
     return 4 if key_bits == 3 else min(16, head_size // key_parts(head_size, key_bits) * key_bits // 32)
 
 
+_LANE_BEFORE = gl.constexpr("{ .reg .b32 t; mov.u32 t, %tid.x; add.s32 t, t, 28; and.b32 t, t, 31; add.s32 $0, t, $1; }")
+
+
 @gluon.jit
 def _cat_rows(a, b):
     """[k, n] and [k, n] -> [2k, n]."""
@@ -211,6 +248,19 @@ def _cat_columns(a, b):
 def _two_bits(w, ASM: gl.constexpr):
     return gl.inline_asm_elementwise(
         ASM[0], "=r,=r,=r,=r,r", [w], dtype=(gl.int8, gl.int8, gl.int8, gl.int8), is_pure=True, pack=4
+    )
+
+
+@gluon.jit
+def _trellis(w0, w1, lane_before, ASM: gl.constexpr):
+    lane_before = gl.full(w0.shape, lane_before, gl.int32, w0.type.layout)
+    return gl.inline_asm_elementwise(
+        ASM[0],
+        "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r",
+        [w0, w1, lane_before],
+        dtype=(gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8),
+        is_pure=True,
+        pack=4,
     )
 
 
@@ -260,13 +310,41 @@ def load_keys(k0, k1, table, D: gl.constexpr, BITS: gl.constexpr, ASM: gl.conste
         return gl.convert_layout(_cat_rows(x, y), L, assert_trivial=True)
 
 
+@gluon.constexpr_function
+def _ring_layout(head_size, warps):
+    """Columns [64 positions, head_size / 4] of a tile's symbols: two neighbouring ones to a lane, eight lanes a ring of 16."""
+    rings = [[0, 16 << i] for i in range(4) if 16 << i < head_size // 4]
+    of_warps = rings[: warps.bit_length() - 1]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[1, 0], [2, 0], [4, 0], [8, 0], *rings[len(of_warps) :], [0, 1]],
+        lane_bases=[[16, 0], [32, 0], [0, 2], [0, 4], [0, 8]],
+        warp_bases=of_warps,
+        block_bases=[],
+        shape=[64, head_size // 4],
+    )
+
+
 @gluon.jit
-def load_values(v0, v1, table, D: gl.constexpr, BITS: gl.constexpr, ASM: gl.constexpr, L: gl.constexpr):
+def value_channel(column, D: gl.constexpr):
+    """Channel of columns that load_values brings of a trellis: of each field the even channels, then the odd ones."""
+    field, i = column // (D // 4), column % (D // 4)
+    return field * (D // 4) + i % (D // 8) * 2 + i // (D // 8)
+
+
+@gluon.jit
+def load_values(v0, v1, table, D: gl.constexpr, BITS: gl.constexpr, TRELLIS: gl.constexpr, ASM: gl.constexpr, L: gl.constexpr):
     """Values of a tile as signed bytes [64 positions, D], channels in order; 2 bits: what value_asm says.
 
-    Args: table: first_table
+    Args: table: first_table; of a trellis lane_before
     """
-    if BITS == 8:
+    if TRELLIS:
+        w = v0.permute([1, 0]).load(_ring_layout(D, gl.num_warps()))
+        w0, w1 = gl.split(w.reshape([64, D // 8, 2]))
+        a0, a1, b0, b1, c0, c1, d0, d1 = _trellis(w0, w1, table, ASM)
+        low = _cat_columns(_cat_columns(a0, a1), _cat_columns(b0, b1))
+        high = _cat_columns(_cat_columns(c0, c1), _cat_columns(d0, d1))
+        return gl.convert_layout(_cat_columns(low, high), L, assert_trivial=True)
+    elif BITS == 8:
         return v0.permute([1, 0]).load(L).to(gl.int8, bitcast=True)
     elif BITS == 4:
         w = v0.permute([1, 0]).load(L)
@@ -288,11 +366,23 @@ def load_values(v0, v1, table, D: gl.constexpr, BITS: gl.constexpr, ASM: gl.cons
 
 
 @gluon.jit
-def top_field_sums(acc, D: gl.constexpr):
-    """Sums [N, D] over 2-bit values as load_values gives them, the last quarter over whole bytes -> over their field 3."""
+def lane_before():
+    """The lane that holds the column before the first of this lane's two, in its ring of eight lanes."""
+    return gl.inline_asm_elementwise(_LANE_BEFORE, "=r,r", [0], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def top_field_sums(acc, D: gl.constexpr, TRELLIS: gl.constexpr):
+    """Sums [N, D] over 2-bit values as load_values gives them -> over their fields alone.
+
+    The last quarter is over whole bytes; of a trellis the last two quarters, whose lower half is the first two's.
+    """
     x = acc.reshape([acc.shape[0], 2, 2, D // 4]).permute([0, 3, 1, 2])
     even, odd = gl.split(x)
     f0, f2 = gl.split(even)
     f1, f3 = gl.split(odd)
-    x = gl.join(gl.join(f0, f2), gl.join(f1, f3 - f0 - f1 - f2))
+    if TRELLIS:
+        x = gl.join(gl.join(f0, f2 - f0), gl.join(f1, f3 - f1))
+    else:
+        x = gl.join(gl.join(f0, f2), gl.join(f1, f3 - f0 - f1 - f2))
     return gl.convert_layout(x.permute([0, 2, 3, 1]).reshape(acc.shape), acc.type.layout, assert_trivial=True)
