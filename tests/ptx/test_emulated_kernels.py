@@ -173,11 +173,14 @@ def kernel(request, monkeypatch) -> str:
 
 
 @pytest.mark.parametrize(
-    "head_size, key_bits, value_bits",
-    [(64, 4, 2), (64, 2, 8), (80, 4, 2), (128, 4, 2), (128, 3, 4), (128, 8, 3), (256, 4, 2)],
+    "head_size, key_bits, value_bits, value_codec",
+    [
+        *((*w, "scalar") for w in [(64, 4, 2), (64, 2, 8), (80, 4, 2), (128, 4, 2), (128, 3, 4), (128, 8, 3), (256, 4, 2)]),
+        *((d, 4, 2, "trellis") for d in HEAD_SIZES),
+    ],
 )
-def test_stores_of_every_width(head_size, key_bits, value_bits, kernel):
-    stores.test_every_width(head_size, key_bits, value_bits, "scalar", kernel)
+def test_stores_of_every_width(head_size, key_bits, value_bits, value_codec, kernel):
+    stores.test_every_width(head_size, key_bits, value_bits, value_codec, kernel)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +192,9 @@ def test_stores_of_dtypes_and_frame(dtype, head_size, kernel):
     stores.test_dtypes_and_frame(dtype, head_size, kernel)
 
 
-def test_stores_of_extremes(kernel):
-    stores.test_extremes("scalar", kernel)
+@pytest.mark.parametrize("value_codec", ["scalar", "trellis"])
+def test_stores_of_extremes(value_codec, kernel):
+    stores.test_extremes(value_codec, kernel)
 
 
 def test_stores_of_padding(kernel):

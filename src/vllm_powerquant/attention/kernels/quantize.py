@@ -200,9 +200,9 @@ def _encode_ring(h, inverse, FIRST: tl.constexpr, RING: tl.constexpr):
         chosen = none.to(tl.int32)
         now = ()
         for symbol in tl.static_range(4):
-            best = least[0] + error[_level(symbol, 0)]
+            best = least[0] + error[level(symbol, 0)]
             for before in tl.static_range(1, 4):
-                best = tl.minimum(best, least[before] + (error[_level(symbol, before)] + before))
+                best = tl.minimum(best, least[before] + (error[level(symbol, before)] + before))
             tag = best.to(tl.int32) & 3
             chosen = chosen | tag << (2 * symbol)
             now = now + (best - tag.to(tl.float32),)
@@ -221,7 +221,7 @@ def _encode_ring(h, inverse, FIRST: tl.constexpr, RING: tl.constexpr):
 
 
 @triton.constexpr_function
-def _level(symbol: int, before: int) -> int:
+def level(symbol: int, before: int) -> int:
     """n + 8 of trellis.py."""
     k = symbol ^ (before >> 1)
     return k + 4 * (k ^ (3 * (before & 1)))

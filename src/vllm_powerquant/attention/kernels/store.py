@@ -135,7 +135,10 @@ def store(
     num_tokens = (exact_slots if cache is None else slots).shape[0]
     if num_tokens == 0:
         return
-    nvidia = _has_nvidia_kernel(key.device) and not cache_format.is_trellis
+    # a trellis's rings are spread over lanes there
+    nvidia = _has_nvidia_kernel(key.device) and not (
+        cache_format.is_trellis and cache_format.head_size & (cache_format.head_size - 1)
+    )
     launch = store_nvidia if nvidia and not portable else _store_portable
     launch(cache_format, cache, key, value, slots, key_frame, exact_cache, exact_slots, num_tokens)
 

@@ -332,7 +332,9 @@ def value_channel(column, D: gl.constexpr):
 
 
 @gluon.jit
-def load_values(v0, v1, table, D: gl.constexpr, BITS: gl.constexpr, TRELLIS: gl.constexpr, ASM: gl.constexpr, L: gl.constexpr):
+def load_values(
+    v0, v1, table, D: gl.constexpr, BITS: gl.constexpr, TRELLIS: gl.constexpr, ASM: gl.constexpr, L: gl.constexpr
+):
     """Values of a tile as signed bytes [64 positions, D], channels in order; 2 bits: what value_asm says.
 
     Args: table: first_table; of a trellis lane_before
