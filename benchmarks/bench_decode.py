@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=128, help="ours; peers have vLLM's default, 16")
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--trellis", action="store_true", help="2-bit values of the trellis codec (POWERQUANT_VALUE_CODEC)")
     parser.add_argument("--calibrated", action="store_true", help="ours with keys in a frame (POWERQUANT_CALIBRATION)")
     harness.add_arguments(parser)
     harness.add_timer_arguments(parser)
@@ -178,7 +179,10 @@ def main() -> None:
     elif args.context_sweep:
         bench.table({case.shape: case for case in SWEEP}, ours)
     else:
-        bench.table({name: CASES[name] for name in args.cases}, ours)
+        cases = {name: CASES[name] for name in args.cases}
+        if args.trellis:
+            cases = {name: replace(case, value_codec="trellis") for name, case in cases.items() if case.value_bits == 2}
+        bench.table(cases, ours)
 
 
 if __name__ == "__main__":

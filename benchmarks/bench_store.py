@@ -42,12 +42,12 @@ def slots(tokens: int, block_size: int) -> tuple[torch.Tensor, int]:
     return (blocks[position // block_size] * block_size + position % block_size).to(DEVICE), count + 1
 
 
-def powerquant(tokens: int, with_exact: bool = True, calibrated: bool = False) -> Setup:
+def powerquant(tokens: int, with_exact: bool = True, calibrated: bool = False, value_codec: str = "scalar") -> Setup:
     from vllm_powerquant.attention.cache_format import CacheFormat
     from vllm_powerquant.attention.kernels.cpu_kernels import ExactBlocks
     from vllm_powerquant.attention.kernels.gpu_kernels import GpuKernels
 
-    cache_format = CacheFormat(HEAD_SIZE, 4, 2)
+    cache_format = CacheFormat(HEAD_SIZE, 4, 2, value_codec)
     key, value = key_and_value(tokens)
     kernels = GpuKernels(
         cache_format,
@@ -62,8 +62,9 @@ def powerquant(tokens: int, with_exact: bool = True, calibrated: bool = False) -
     slot_bytes = cache_format.layout.slot_bytes
     cache = torch.zeros(num_blocks, KV_HEADS, BLOCK_SIZE, slot_bytes, dtype=torch.uint8, device=DEVICE)
     moved = tokens * (8 + KV_HEADS * (4 * HEAD_SIZE + slot_bytes))
+    name = "K4/V2" + (" trellis" if cache_format.is_trellis else "")
     if not with_exact:
-        return lambda: kernels.store(cache, key, value, slot_mapping, frame), "K4/V2", moved
+        return lambda: kernels.store(cache, key, value, slot_mapping, frame), name, moved
     exact_slots, exact_blocks = slots(tokens, EXACT_BLOCK)
     if tokens > DECODING:
         # block 0 is the null block: what lies between the first block and the window has no exact copy
@@ -73,12 +74,17 @@ def powerquant(tokens: int, with_exact: bool = True, calibrated: bool = False) -
     rows = torch.zeros(exact_blocks, KV_HEADS, EXACT_BLOCK, 2 * HEAD_SIZE, dtype=torch.bfloat16, device=DEVICE)
     exact = ExactBlocks(rows, WINDOW, SINKS)
     moved += 8 * tokens + int((exact_slots >= EXACT_BLOCK).sum()) * KV_HEADS * 4 * HEAD_SIZE
-    return lambda: kernels.store(cache, key, value, slot_mapping, frame, exact, exact_slots), "K4/V2", moved
+    return lambda: kernels.store(cache, key, value, slot_mapping, frame, exact, exact_slots), name, moved
 
 
 def powerquant_packed(tokens: int) -> Setup:
     """Without exact blocks."""
     return powerquant(tokens, with_exact=False)
+
+
+def powerquant_trellis(tokens: int) -> Setup:
+    """With values of the trellis codec."""
+    return powerquant(tokens, value_codec="trellis")
 
 
 def powerquant_calibrated(tokens: int) -> Setup:
@@ -103,6 +109,7 @@ PROVIDERS = {
     "powerquant": powerquant,
     "powerquant_packed": powerquant_packed,
     "powerquant_calibrated": powerquant_calibrated,
+    "powerquant_trellis": powerquant_trellis,
     "reshape_and_cache": reshape_and_cache,
 }
 

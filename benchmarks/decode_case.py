@@ -21,6 +21,7 @@ class Case:
     head_size: int = 128
     key_bits: int = 4
     value_bits: int = 2
+    value_codec: str = "scalar"
     num_queries: int = 1
 
     @property

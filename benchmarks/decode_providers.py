@@ -52,7 +52,7 @@ def powerquant(case: Case, options: Options, hopper: bool = True) -> Attention:
     from vllm_powerquant.attention.kernels.gpu_kernels import GpuKernels
     from vllm_powerquant.attention.kernels.step import StepPlan
 
-    cache_format = CacheFormat(case.head_size, case.key_bits, case.value_bits)
+    cache_format = CacheFormat(case.head_size, case.key_bits, case.value_bits, case.value_codec)
     requests, d, heads = len(case.seq_lens), case.head_size, case.num_kv_heads
     table, num_blocks = paged(case, options.block_size)
     caches = packed_pages(cache_format, num_blocks, heads, options)
@@ -91,7 +91,7 @@ def powerquant(case: Case, options: Options, hopper: bool = True) -> Attention:
 
     moved = heads * (num_packed * cache_format.layout.slot_bytes + num_exact * 4 * d)
     moved += case.query_and_output_bytes + 4 * case.num_tokens * heads * d
-    name = f"K{case.key_bits}/V{case.value_bits}"
+    name = f"K{case.key_bits}/V{case.value_bits}" + (" trellis" if cache_format.is_trellis else "")
     return Attention([lambda i=i: attend(i) for i in range(options.layers)], name, moved, out)
 
 

@@ -173,7 +173,8 @@ class PowerQuantConfig:
         explicit = names["value_codec"] != "value_codec"
         if explicit and values["value_codec"] == "trellis" and values["value_bits"] != 2:
             raise PowerQuantConfigError(
-                f"{names['value_codec']} trellis is for values of 2 bits, but value_bits is {values['value_bits']}; leave one out"
+                f"{names['value_codec']} trellis is for values of 2 bits, but value_bits is {values['value_bits']}; "
+                "leave one out"
             )
         return cls(**values)
 

@@ -407,8 +407,8 @@ def test_start_up_line_says_options_and_size(create, start_up_lines):
     """Llama, 2 layers, 2 kv heads of 64: K4/V2 has 52 bytes a slot, bf16 256."""
     create(LLAMA)
     assert start_up_lines == [
-        "POWERQUANT: keys 4 bits, values 2 bits (scalar), last 128 and first 4 tokens of a request exact, 0 protected layers, "
-        "not calibrated; 208 bytes a token, 4.92 times less than bf16 (1024)"
+        "POWERQUANT: keys 4 bits, values 2 bits (scalar), last 128 and first 4 tokens of a request exact, "
+        "0 protected layers, not calibrated; 208 bytes a token, 4.92 times less than bf16 (1024)"
     ]
 
 
@@ -416,8 +416,8 @@ def test_start_up_line_compares_a_float32_model_with_bf16(create, start_up_lines
     """First and last layer protected of two: the whole cache stays in float32."""
     create(LLAMA, dtype="float32", additional_config={"powerquant": {"protected_layers": 1}})
     assert start_up_lines == [
-        "POWERQUANT: keys 4 bits, values 2 bits (scalar), last 128 and first 4 tokens of a request exact, 2 protected layers, "
-        "not calibrated; 2048 bytes a token, 0.50 times less than bf16 (1024)"
+        "POWERQUANT: keys 4 bits, values 2 bits (scalar), last 128 and first 4 tokens of a request exact, "
+        "2 protected layers, not calibrated; 2048 bytes a token, 0.50 times less than bf16 (1024)"
     ]
 
 

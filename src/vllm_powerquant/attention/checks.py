@@ -259,8 +259,8 @@ def _log_cache(model, config) -> None:
     packed = heads * ((layers - protected) * slot + protected * 2 * head_size * model.dtype.itemsize)
     bf16 = heads * layers * 2 * head_size * 2
     init_logger("vllm.powerquant").info(
-        "POWERQUANT: keys %d bits, values %d bits (%s), last %d and first %d tokens of a request exact, %d protected layers, %s; "
-        "%d bytes a token, %.2f times less than bf16 (%d)",
+        "POWERQUANT: keys %d bits, values %d bits (%s), last %d and first %d tokens of a request exact, "
+        "%d protected layers, %s; %d bytes a token, %.2f times less than bf16 (%d)",
         config.key_bits,
         config.value_bits,
         cache_format.value_codec,

@@ -1,7 +1,7 @@
 """A tail-biting trellis for 2-bit values: the symbol before decides between two sets of four even levels.
 
-Up to sixteen neighbouring rotated channels form a ring. With s the symbol of a channel (idx, 0 to 3) and p that of the channel
-before it in its ring (before the first: the last), the channel's level is
+Up to sixteen neighbouring rotated channels form a ring. With s the symbol of a channel (idx, 0 to 3) and p that of the
+channel before it in its ring (before the first: the last), the channel's level is
 
     k = s ^ (p >> 1)        n + 1/2 = 5 (k - 3/2) if p is even, else -3 (k - 3/2)
 

@@ -180,8 +180,8 @@ def find_codes(t, VECTORS: tl.constexpr):
 def _encode_ring(h, inverse, FIRST: tl.constexpr, RING: tl.constexpr):
     """trellis.encode of the ring in columns FIRST .. of h [TOKENS, LANES]: a tuple of RING symbols int32.
 
-    Sums are multiples of 4 with the symbol before in the last two bits, and below 2^24: fp32 holds them exactly, and the first
-    of equal sums is the least. They have a third dimension, the symbol that the ring ends with.
+    Sums are multiples of 4 with the symbol before in the last two bits, and below 2^24: fp32 holds them exactly, and the
+    first of equal sums is the least. They have a third dimension, the symbol that the ring ends with.
     """
     start = tl.arange(0, 4)[None, None, :]
     none = tl.zeros([inverse.shape[0], inverse.shape[1], 4], tl.float32)

@@ -161,9 +161,10 @@ def _value_byte_ptx() -> str:
 def _ring_ptx() -> str:
     """trellis.encode of a ring, by four lanes, one for each symbol that it may end with.
 
-    $1 .. $8: coordinates as pairs of int16, the same in the four lanes -> $0: of the channels 4 l .. 4 l + 3 of lane l, symbols
-    in bits 0 to 7 and n + 8 in bits 8 to 23. m0 .. m3 are the least errors so far, times 4, by the current symbol, which is in
-    their last two bits; so the minimum of four sums has the symbol before there. c0 .. c3 keep these, a byte a channel.
+    $1 .. $8: coordinates as pairs of int16, the same in the four lanes -> $0: of the channels 4 l .. 4 l + 3 of lane l,
+    symbols in bits 0 to 7 and n + 8 in bits 8 to 23. m0 .. m3 are the least errors so far, times 4, by the current symbol,
+    which is in their last two bits; so the minimum of four sums has the symbol before there. c0 .. c3 keep these, a byte a
+    channel.
     """
     levels = sorted({level(symbol, before) - 8 for symbol in range(4) for before in range(4)})
     error = {n: f"e{i}" for i, n in enumerate(levels)}

@@ -154,8 +154,9 @@ def value_asm(codebook) -> tuple[str, ...]:
 def _trellis_asm() -> str:
     """Columns $8 and $9 of symbols, of even and odd channels of a ring: an even one's channel before is in the lane $10.
 
-    a and b are those of trellis.py for all fields of a byte, b of fields 2 and 3 with its high bit flipped. Of each column: field
-    0 and field 1 as n + 8; bytes whose upper half is n of field 2 and of field 3 and whose lower half is that of the first two.
+    a and b are k and k ^ 3 (p & 1) of trellis.py for all fields of a byte, b of fields 2 and 3 with its high bit flipped. Of
+    each column: n + 8 of field 0 and of field 1; bytes whose upper half is n of field 2 and of field 3, and whose lower half
+    is n + 8 of fields 0 and 1.
     """
     lines = ["shfl.sync.idx.b32 p, $9, $10, 0x1F, 0xFFFFFFFF;"]
     for column, (now, before) in enumerate((("$8", "p"), ("$9", "$8"))):
@@ -312,7 +313,7 @@ def load_keys(k0, k1, table, D: gl.constexpr, BITS: gl.constexpr, ASM: gl.conste
 
 @gluon.constexpr_function
 def _ring_layout(head_size, warps):
-    """Columns [64 positions, head_size / 4] of a tile's symbols: two neighbouring ones to a lane, eight lanes a ring of 16."""
+    """Columns [64 positions, head_size / 4] of a tile's symbols: two neighbours in a lane, the 16 of a ring in eight lanes."""
     rings = [[0, 16 << i] for i in range(4) if 16 << i < head_size // 4]
     of_warps = rings[: warps.bit_length() - 1]
     return gl.DistributedLinearLayout(
