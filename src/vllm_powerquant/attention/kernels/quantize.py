@@ -13,7 +13,7 @@ import triton.language as tl
 from ...codebooks.tables import Codebook
 from ..cache_format import CacheFormat
 from ..trellis import LIMIT, UNIT, ring_length
-from .hadamard import outer_masks, signs_mask, tree_sum
+from .hadamard import join_columns, outer_masks, signs_mask, split_columns, tree_sum
 
 # smallest and largest positive fp16
 _SCALE_MIN, _SCALE_MAX = tl.constexpr(2.0**-24), tl.constexpr(65504.0)
@@ -177,47 +177,81 @@ def find_codes(t, VECTORS: tl.constexpr):
 
 
 @triton.jit
-def _encode_ring(h, inverse, FIRST: tl.constexpr, RING: tl.constexpr):
-    """trellis.encode of the ring in columns FIRST .. of h [TOKENS, LANES]: a tuple of RING symbols int32.
+def _encode_rings(h, inverse, RING: tl.constexpr):
+    """trellis.encode of columns h [TOKENS, LANES], RING of which are a ring: a word of symbols for each ring, [TOKENS, LANES].
 
     Sums are multiples of 4 with the symbol before in the last two bits, and below 2^24: fp32 holds them exactly, and the
-    first of equal sums is the least. They have a third dimension, the symbol that the ring ends with.
+    first of equal sums is the least. They have a dimension of their own for the symbol that the ring ends with. A loop over
+    channels and not its body many times over, which compiles for minutes.
     """
-    start = tl.arange(0, 4)[None, None, :]
-    none = tl.zeros([inverse.shape[0], inverse.shape[1], 4], tl.float32)
-    least = ()
-    for symbol in tl.static_range(4):
-        least = least + (tl.where(start == symbol, none, 2.0**23),)
-    choices = ()
-    for i in tl.static_range(RING):
-        x = h[FIRST + i] * inverse
-        x = tl.where(x > -_LIMIT, x, -_LIMIT)
-        x = tl.where(x < _LIMIT, x, _LIMIT)
-        x = ((x * _UNIT + _ROUND) - _ROUND)[:, :, None]
-        error = ()
-        for n in tl.static_range(16):
-            error = error + (4.0 * (_UNIT * (n - 7.5)) * (_UNIT * (n - 7.5)) - x * (8.0 * (_UNIT * (n - 7.5))),)
-        chosen = none.to(tl.int32)
-        now = ()
-        for symbol in tl.static_range(4):
-            best = least[0] + error[level(symbol, 0)]
-            for before in tl.static_range(1, 4):
-                best = tl.minimum(best, least[before] + (error[level(symbol, before)] + before))
-            tag = best.to(tl.int32) & 3
-            chosen = chosen | tag << (2 * symbol)
-            now = now + (best - tag.to(tl.float32),)
-        least = now
-        choices = choices + (chosen,)
-    ends = none
-    for symbol in tl.static_range(4):
-        ends = tl.where(start == symbol, least[symbol] + symbol, ends)
-    now = tl.min(ends, 2).to(tl.int32) & 3
-    of_start = start == now[:, :, None]
-    symbols = ()
-    for i in tl.static_range(RING - 1, -1, -1):
-        symbols = (now,) + symbols
-        now = tl.sum(tl.where(of_start, choices[i], 0), 2) >> (2 * now) & 3
-    return symbols
+    TOKENS: tl.constexpr = inverse.shape[0]
+    LANES: tl.constexpr = inverse.shape[1]
+    RINGS: tl.constexpr = len(h) // RING
+    SLOTS: tl.constexpr = 1 << (RINGS - 1).bit_length()  # tensors have powers of two as sizes
+    columns = ()
+    for ring in tl.static_range(SLOTS):
+        for i in tl.static_range(16):
+            if ring < RINGS and i < RING:
+                columns = columns + (_units(h[ring * RING + i] * inverse),)
+            else:
+                columns = columns + (tl.zeros([TOKENS, LANES], tl.float32),)
+    x = tl.reshape(join_columns(columns, 0, 16 * SLOTS), [TOKENS * LANES * SLOTS, 16])
+    channel = tl.arange(0, 16)[None, :]
+    start = tl.arange(0, 4)[None, :]
+    none = tl.zeros([TOKENS * LANES * SLOTS, 4], tl.float32)
+    m0 = tl.where(start == 0, none, 2.0**23)
+    m1 = tl.where(start == 1, none, 2.0**23)
+    m2 = tl.where(start == 2, none, 2.0**23)
+    m3 = tl.where(start == 3, none, 2.0**23)
+    # the symbols before, 8 bits a channel, of channels 0 to 7 and of the others
+    first = none.to(tl.int64)
+    others = first
+    for i in range(RING):
+        t = tl.sum(tl.where(channel == i, x, 0.0), 1)[:, None]
+        n0, tag0 = _step(t, m0, m1, m2, m3, 0)
+        n1, tag1 = _step(t, m0, m1, m2, m3, 1)
+        n2, tag2 = _step(t, m0, m1, m2, m3, 2)
+        n3, tag3 = _step(t, m0, m1, m2, m3, 3)
+        m0, m1, m2, m3 = n0, n1, n2, n3
+        chosen = (tag0 | tag1 << 2 | tag2 << 4 | tag3 << 6).to(tl.int64)
+        first = tl.where(i < 8, first | chosen << (8 * (i & 7)), first)
+        others = tl.where(i < 8, others, others | chosen << (8 * (i & 7)))
+    ends = tl.where(start == 0, m0, tl.where(start == 1, m1 + 1, tl.where(start == 2, m2 + 2, m3 + 3)))
+    now = tl.min(ends, 1).to(tl.int32) & 3
+    first = tl.sum(tl.where(start == now[:, None], first, 0), 1)
+    others = tl.sum(tl.where(start == now[:, None], others, 0), 1)
+    symbols = now * 0
+    for back in range(RING):
+        i = RING - 1 - back
+        symbols = symbols << 2 | now
+        chosen = tl.where(i < 8, first, others) >> (8 * (i & 7) + 2 * now)
+        now = chosen.to(tl.int32) & 3
+    return split_columns(tl.reshape(symbols, [TOKENS, LANES, SLOTS]), SLOTS)
+
+
+@triton.jit
+def _units(t):
+    """Coordinates rounded to the units of trellis.py."""
+    t = tl.where(t > -_LIMIT, t, -_LIMIT)
+    t = tl.where(t < _LIMIT, t, _LIMIT)
+    return (t * _UNIT + _ROUND) - _ROUND
+
+
+@triton.jit
+def _step(x, m0, m1, m2, m3, SYMBOL: tl.constexpr):
+    """Least sums [.., 4] of a symbol after one more channel, and the symbols before."""
+    best = m0 + _error(x, level(SYMBOL, 0))
+    best = tl.minimum(best, m1 + (_error(x, level(SYMBOL, 1)) + 1.0))
+    best = tl.minimum(best, m2 + (_error(x, level(SYMBOL, 2)) + 2.0))
+    best = tl.minimum(best, m3 + (_error(x, level(SYMBOL, 3)) + 3.0))
+    tag = best.to(tl.int32) & 3
+    return best - tag.to(tl.float32), tag
+
+
+@triton.jit
+def _error(x, N: tl.constexpr):
+    """Four times the square error, less x^2, of level N - 7.5."""
+    return 4.0 * (_UNIT * (N - 7.5)) * (_UNIT * (N - 7.5)) - x * (8.0 * (_UNIT * (N - 7.5)))
 
 
 @triton.constexpr_function
@@ -236,14 +270,16 @@ def quantize(h, lane, COUNT: tl.constexpr, LANES: tl.constexpr, GROUP: tl.conste
     energy, inverse = energy_and_inverse(h, lane, COUNT, LANES, GROUP, VECTORS.step)
     codes = ()
     terms = ()
-    for first in tl.static_range(0, COUNT if VECTORS.ring else 0, max(1, VECTORS.ring)):
-        symbols = _encode_ring(h, inverse, first, VECTORS.ring)
-        for i in tl.static_range(VECTORS.ring):
-            before = symbols[(i + VECTORS.ring - 1) % VECTORS.ring]
-            k = symbols[i] ^ (before >> 1)
-            codes = codes + (symbols[i] - 2,)
-            terms = terms + (h[first + i] * ((k + 4 * (k ^ (3 * (before & 1)))).to(tl.float32) - 7.5),)
-    for c in tl.static_range(0 if VECTORS.ring else COUNT):
+    RING: tl.constexpr = VECTORS.ring
+    if RING:
+        words = _encode_rings(h, inverse, RING)
+        for c in tl.static_range(COUNT):
+            symbol = (words[c // RING] >> (2 * (c % RING))) & 3
+            before = (words[c // RING] >> (2 * ((c + RING - 1) % RING))) & 3
+            k = symbol ^ (before >> 1)
+            codes = codes + (symbol - 2,)
+            terms = terms + (h[c] * ((k + 4 * (k ^ (3 * (before & 1)))).to(tl.float32) - 7.5),)
+    for c in tl.static_range(0 if RING else COUNT):
         code, magnitude = find_codes(h[c] * inverse, VECTORS)
         codes = codes + (code,)
         # h and its level + 1/2 have the same sign, or their product does not count

@@ -313,7 +313,7 @@ def load_keys(k0, k1, table, D: gl.constexpr, BITS: gl.constexpr, ASM: gl.conste
 
 @gluon.constexpr_function
 def _ring_layout(head_size, warps):
-    """Columns [64 positions, head_size / 4] of a tile's symbols: two neighbours in a lane, the 16 of a ring in eight lanes."""
+    """Columns [64 positions, head_size / 4] of a tile's symbols: two neighbours a lane, the 16 of a ring in eight lanes."""
     rings = [[0, 16 << i] for i in range(4) if 16 << i < head_size // 4]
     of_warps = rings[: warps.bit_length() - 1]
     return gl.DistributedLinearLayout(
