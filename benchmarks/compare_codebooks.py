@@ -130,7 +130,8 @@ def capture(
 
 def cache_with(model, codebook: Codebook, frames: torch.Tensor | None, seed: int) -> PowerQuantCache:
     shape = ModelShape.of(model.config.get_text_config())
-    cache = PowerQuantCache(shape.layers, shape.head_size, codebook.bits, 8, 0, SINKS, key_frames=frames, seed=seed)
+    options = {"residual_tokens": 0, "sink_tokens": SINKS, "key_frames": frames, "seed": seed}
+    cache = PowerQuantCache(shape.layers, shape.head_size, key_bits=codebook.bits, value_bits=8, **options)
     for layer in cache.layers:
         layer.format = CodebookFormat(codebook, 8)
     return cache
