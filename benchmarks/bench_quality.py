@@ -39,6 +39,9 @@ CONFIGURATIONS = {
     "K3/V2": {"key_bits": 3},
     "K3/V2, centred keys": {"key_bits": 3, "centred": True},
     "K3/V2, calibrated keys": {"key_bits": 3, "calibrated": True},
+    "K3/V2, nothing exact": {"key_bits": 3, "residual_tokens": 0, "sink_tokens": 0},
+    "K3+QJL/V2": {"key_bits": 3, "qjl_bits": 1},
+    "K3+QJL/V2, nothing exact": {"key_bits": 3, "qjl_bits": 1, "residual_tokens": 0, "sink_tokens": 0},
 }
 
 

@@ -10,10 +10,11 @@ key or query but its exponent.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -185,35 +186,48 @@ def _power_of_two(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(1 / MAX_SCALE, MAX_SCALE).log2().round().exp2()
 
 
+@contextlib.contextmanager
+def watched_attention(model: PreTrainedModel, see: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+    """Meanwhile every attention layer of a model calls see(layer, query, key), with what a cache is given.
+
+    query [batch, num_heads, n, head_size], key [batch, num_kv_heads, n, head_size]: after RoPE.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def watched(module, query, key, value, mask, **options):
+        see(module.layer_idx, query, key)
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    AttentionInterface.register("powerquant_watched", watched)
+    AttentionMaskInterface.register("powerquant_watched", sdpa_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("powerquant_watched")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 @torch.inference_mode()
 def key_statistics(model: PreTrainedModel, runs: Iterable[Sequence[int]]) -> KeyStatistics:
     """Of a model's keys and queries over runs of token ids.
 
     Raises: PowerQuantUnsupportedError if some layer has no keys, or layers' keys differ in shape.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
     sums: dict[int, list] = {}  # by layer: tokens, sum of k, of k^2, of q^2 over tokens and the group's heads
 
-    def watched(module, query, key, value, mask, **options):
+    def see(layer: int, query: torch.Tensor, key: torch.Tensor) -> None:
         q, k = query[0, :, SINKS:].double(), key[0, :, SINKS:].double()
         by_head = q.unflatten(0, (len(k), -1)).square().mean(1).sum(1)
         new = [k.shape[1], k.sum(1), k.square().sum(1), by_head]
-        old = sums.setdefault(module.layer_idx, [0, 0, 0, 0])
-        sums[module.layer_idx] = [a + b for a, b in zip(old, new, strict=True)]
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+        old = sums.setdefault(layer, [0, 0, 0, 0])
+        sums[layer] = [a + b for a, b in zip(old, new, strict=True)]
 
-    AttentionInterface.register("powerquant_calibrate", watched)
-    AttentionMaskInterface.register("powerquant_calibrate", sdpa_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation("powerquant_calibrate")
-    try:
+    with watched_attention(model, see):
         for ids in runs:
             model(torch.tensor(ids, device=model.device)[None], use_cache=False, logits_to_keep=1)
-    finally:
-        model.set_attn_implementation(before)
     layers = model.config.get_text_config().num_hidden_layers
     shapes = {tuple(total[1].shape) for total in sums.values()}
     if len(shapes) != 1 or sorted(sums) != list(range(layers)):

@@ -9,8 +9,9 @@ from helpers import key_frame
 from vllm_powerquant.attention import reference
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.hf_cache import PowerQuantCache, PowerQuantLayer
+from vllm_powerquant.attention.qjl import ResidualSketch
 from vllm_powerquant.attention.rotation import hadamard_transform
-from vllm_powerquant.errors import PowerQuantUnsupportedError
+from vllm_powerquant.errors import PowerQuantConfigError, PowerQuantUnsupportedError
 
 
 def chunks(lengths: list[int], batch: int = 1, heads: int = 2, head_size: int = 64, seed: int = 0):
@@ -80,6 +81,59 @@ def test_held_bytes_count_slots_and_exact_rows():
         layer.update(*chunks([1000])[0])
     slot, row = 2 * CacheFormat(64).layout.slot_bytes, 2 * 2 * 64 * 4
     assert cache.held_bytes() == 2 * 1000 * row + 2 * (1000 * slot + 132 * row)
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_sketch_estimates_inner_products_without_bias(bits):
+    """Over many matrices: the mean is <q, r>, the variance (pi/2 |q|^2 |r|^2 - <q, r>^2) / projections."""
+    g = torch.Generator().manual_seed(0)
+    residual = torch.randn(64, generator=g)
+    # one query along the residual, where a sketch without the factor pi/2 is furthest off, and some across it
+    queries = torch.cat((residual[None], torch.randn(3, 64, generator=g)))
+    estimates = []
+    for seed in range(2000):
+        sketch = ResidualSketch(64, bits, seed)
+        estimates.append(queries @ sketch.decode(sketch.encode(residual[None]))[0])
+    estimates, exact = torch.stack(estimates), queries @ residual
+    energy = queries.square().sum(-1) * residual.square().sum()
+    variance = (torch.pi / 2 * energy - exact.square()) / (64 * bits)
+    # four standard errors
+    assert ((estimates.mean(0) - exact).abs() < 4 * (variance / 2000).sqrt()).all()
+    torch.testing.assert_close(estimates.var(0), variance, rtol=0.15, atol=0)
+
+
+@pytest.mark.parametrize("framed", [False, True])
+def test_sketched_keys_are_packed_keys_and_the_estimate_of_their_residual(framed):
+    frame, (key, value) = key_frame(2, 64) if framed else None, chunks([40])[0]
+    plain = PowerQuantLayer(CacheFormat(64, 3, 2), 0, 0, frame)
+    sketched = PowerQuantLayer(CacheFormat(64, 3, 2), 0, 0, frame, sketch=ResidualSketch(64))
+    for layer in (plain, sketched):
+        layer.update(key, value)
+        layer.update(*chunks([1], seed=1)[0])
+    inverse = frame[:, 2, None] if framed else torch.ones(2, 1, 64)
+    # the residual is what is left in the frame, where keys are packed
+    sketch = sketched.sketch
+    estimate = sketch.decode(sketch.encode((key - plain.keys[:, :, :40]) / inverse)) * inverse
+    torch.testing.assert_close(sketched.keys[:, :, :40], plain.keys[:, :, :40] + estimate, rtol=1e-3, atol=1e-3)
+    assert torch.equal(sketched.values, plain.values)
+    assert torch.equal(sketched.packed[..., : plain.packed.shape[-1]], plain.packed)
+
+
+def test_held_bytes_count_sketches():
+    caches = [PowerQuantCache(2, 64, key_bits=3, qjl_bits=bits) for bits in (0, 1, 2)]
+    for cache in caches:
+        for layer in cache.layers:
+            layer.update(*chunks([1000])[0])
+    without, one, two = (cache.held_bytes() for cache in caches)
+    tokens = 2 * 2 * 1000  # layers, heads, tokens
+    assert one - without == tokens * (64 // 8 + 2) and two - one == tokens * 64 // 8
+    assert caches[1].layers[0].packed.shape[-1] == CacheFormat(64, 3).layout.slot_bytes + 10
+
+
+@pytest.mark.parametrize("bits", [-1, 9, 1.0, True, "1"])
+def test_sketch_bits_outside_are_refused(bits):
+    with pytest.raises(PowerQuantConfigError, match="qjl_bits must be 0 .* to 8, got"):
+        PowerQuantCache(1, 64, qjl_bits=bits)
 
 
 def test_crop_forgets_the_last_tokens():

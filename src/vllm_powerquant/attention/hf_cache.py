@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..errors import PowerQuantUnsupportedError
 from . import reference
 from .cache_format import CacheFormat
+from .qjl import ResidualSketch
 from .rotation import unrotate
 
 _GROWTH = 256  # tokens by which buffers grow, at least
@@ -25,7 +26,7 @@ class PowerQuantLayer(CacheLayerMixin):
 
     Args: cache_format: None keeps every token exact (a protected layer); residual_tokens, sink_tokens: as in vLLM's options;
           key_frame [num_kv_heads, 3, head_size] fp32: see reference.in_frame; signs [head_size] fp32 of +-1, another
-          rotation than the shipped one
+          rotation than the shipped one; sketch: of what the key codes leave over, whose bytes follow each slot's
     """
 
     is_croppable = True
@@ -38,11 +39,12 @@ class PowerQuantLayer(CacheLayerMixin):
         sink_tokens: int = 4,
         key_frame: torch.Tensor | None = None,
         signs: torch.Tensor | None = None,
+        sketch: ResidualSketch | None = None,
     ) -> None:
         super().__init__()
         self.format = cache_format
         self.residual_tokens, self.sink_tokens = residual_tokens, sink_tokens
-        self.key_frame, self.signs = key_frame, signs
+        self.key_frame, self.signs, self.sketch = key_frame, signs, sketch
         self.length = 0
         self.packed_until = 0  # positions before it are read as packed, but for the sinks
 
@@ -51,9 +53,14 @@ class PowerQuantLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self._keys = key_states.new_empty(batch, heads, 0, head_size)
         self._values = value_states.new_empty(batch, heads, 0, value_states.shape[-1])
-        slot_bytes = self.format.layout.slot_bytes if self.format else 0
+        slot_bytes = self.slot_bytes if self.format else 0
         self.packed = torch.empty(batch, 0, heads, slot_bytes, dtype=torch.uint8, device=self.device)
         self.is_initialized = True
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of one packed token of one head, with its sketch."""
+        return self.format.layout.slot_bytes + (self.sketch.sketch_bytes if self.sketch else 0)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -94,12 +101,20 @@ class PowerQuantLayer(CacheLayerMixin):
         key = reference.in_frame(key, self.key_frame)
         if self.signs is not None:
             key, value = key * self.signs, value * self.signs
-        return reference.encode(self.format, key, value).view(batch, n, heads, -1)
+        slots = reference.encode(self.format, key, value)
+        if self.sketch is not None:
+            codes, scale, _, _ = self.format.layout.unpack_slots(slots)
+            packed_key = unrotate(reference.dequantize(codes, scale, self.format.key_codebook)).float()
+            slots = torch.cat((slots, self.sketch.encode(key - packed_key)), -1)
+        return slots.view(batch, n, heads, -1)
 
     def _decode(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Inverse of _encode, as far as there is one, in the model's dtype."""
+        slots, sketch = slots.tensor_split((self.format.layout.slot_bytes,), -1)
         key_idx, key_scale, value_idx, value_scale = self.format.layout.unpack_slots(slots)
         key = unrotate(reference.dequantize(key_idx, key_scale, self.format.key_codebook)).float()
+        if self.sketch is not None:
+            key = key + self.sketch.decode(sketch)
         value = unrotate(reference.dequantize(value_idx, value_scale, self.format.value_codebook)).float()
         if self.signs is not None:
             key, value = key * self.signs, value * self.signs
@@ -181,14 +196,16 @@ class PowerQuantLayer(CacheLayerMixin):
         if self.format is None:
             return batch * heads * self.length * row
         exact = min(self.length, self.residual_tokens + self.sink_tokens)
-        return batch * heads * (self.length * self.format.layout.slot_bytes + exact * row)
+        return batch * heads * (self.length * self.slot_bytes + exact * row)
 
 
 class PowerQuantCache(Cache):
     """A PowerQuantLayer for every layer of a model.
 
     Args: num_layers; head_size; protected_layers: so many first and last layers keep every token exact; key_frames: one
-          [num_kv_heads, 3, head_size] fp32 a layer; seed: of a rotation other than the shipped one (0)
+          [num_kv_heads, 3, head_size] fp32 a layer; seed: of a rotation other than the shipped one (0); qjl_bits: sign
+          projections a coordinate of what the key codes leave over (qjl.py), 0 for none: it costs more than it gives, see
+          benchmarks/QUALITY_LOG.md
     """
 
     def __init__(
@@ -203,12 +220,14 @@ class PowerQuantCache(Cache):
         protected_layers: int = 0,
         key_frames: Sequence[torch.Tensor] | None = None,
         seed: int = 0,
+        qjl_bits: int = 0,
     ) -> None:
         cache_format = CacheFormat(head_size, key_bits, value_bits, value_codec)
         signs = None
         if seed:
             generator = torch.Generator().manual_seed(seed)
             signs = torch.randint(0, 2, (head_size,), generator=generator).float() * 2 - 1
+        sketch = ResidualSketch(head_size, qjl_bits) if qjl_bits != 0 else None
         layers = [
             PowerQuantLayer(
                 cache_format if protected_layers <= i < num_layers - protected_layers else None,
@@ -216,6 +235,7 @@ class PowerQuantCache(Cache):
                 sink_tokens,
                 None if key_frames is None else key_frames[i],
                 signs,
+                sketch,
             )
             for i in range(num_layers)
         ]
