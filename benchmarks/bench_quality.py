@@ -77,7 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--segments", type=int, default=2, help="of each text")
     parser.add_argument("--seeds", type=int, default=4, help="rotations")
     parser.add_argument("--split", choices=quality.SPLITS, default="report")
-    parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    parser.add_argument("--only", nargs="*", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     parser.add_argument("--peers", nargs="+", choices=quality_peers.PACKAGES, default=[], help="codecs of other packages")
     parser.add_argument("--needle", type=int, nargs="*", default=[], metavar="TOKENS", help="hide facts in so many tokens")
     parser.add_argument("--distortion", action="store_true", help="errors of the codecs on Gaussian and captured vectors")

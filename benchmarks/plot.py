@@ -45,8 +45,9 @@ QUALITY_STYLES = {
     f"turbo-attn {BITS}, window 128": ("turbo-attn, window lent", "#b8860b", "v", True),
     f"tiny-turboquant {BITS}, window 128": ("tiny-turboquant", "#2e7d32", "^", False),
     f"tiny-turboquant {BITS} in groups of 32, window 128": ("tiny-turboquant K4/V2, groups of 32", "#2e7d32", "^", True),
-    f"quanto {BITS}, window 128": ("Transformers K4/V4, quanto", "#6a3d9a", "P", True),
-    f"hqq {BITS}, window 128": ("Transformers K4/V4, HQQ", "#6a3d9a", "X", True),
+    f"quanto {BITS}, window 128": ("Transformers K4/V4, quanto", "#6a3d9a", "P", False),
+    f"quanto {BITS} in groups of 32, window 128": ("Transformers K4/V4, quanto, groups of 32", "#6a3d9a", "P", True),
+    f"hqq {BITS} in groups of 32, window 128": ("Transformers K4/V4, HQQ, groups of 32", "#6a3d9a", "X", True),
 }
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma": "Gemma 3 270M"}
 SWEEP = re.compile(r"(\d+)x(\d+) 32/8 d128")

@@ -7,7 +7,7 @@ Every peer gets the same exact keys and values of a prompt, and its best setting
     turbo-attn        its codec TkvCodec in a CodecLayer, likewise; its server keeps the newest tokens in 8 bits, not in 16
     tiny-turboquant   its TinyKVCache; it packs blocks of 128 tokens, so that 128 to 255 are exact
     quanto, hqq       Transformers' QuantizedCache, 4 bits for keys and values, which it does not tell apart; it packs the
-                      whole prompt at once and fills its window with the tokens after it
+                      whole prompt at once and fills its window with what follows; groups of 64, its default, or of 32
 
 Only the versions that benchmarks/results has figures of are accepted. turbo-attn is imported as tkv; what it requires is for
 GPU kernels, and its codec does without.
@@ -163,10 +163,15 @@ def tiny_turboquant(
     return TinyKVCache(key_bits=bits[0], value_bits=bits[1], residual_len=WINDOW, block_size=128, value_group_size=group)
 
 
-def transformers_quantized(config: PretrainedConfig, seed: int, chunk: int, backend: str) -> Cache:
-    """Axes are the class's own: with the others, both backends refuse a prompt of 1,023 tokens and 3 heads."""
+def transformers_quantized(
+    config: PretrainedConfig, seed: int, chunk: int, backend: str, axis: int = 0, group: int = 64
+) -> Cache:
+    """axis: 0 for quanto and 1 for HQQ, as Transformers advises. There HQQ cannot pack an odd number of groups, as those of
+    64 of 1,023 tokens x 3 heads of 64 are."""
     try:
-        return QuantizedCache(backend, config, nbits=4, residual_length=WINDOW)
+        return QuantizedCache(
+            backend, config, nbits=4, axis_key=axis, axis_value=axis, q_group_size=group, residual_length=WINDOW
+        )
     except ValueError as error:
         raise PowerQuantUnsupportedError(str(error)) from error
 
@@ -193,9 +198,12 @@ def _configurations() -> dict[str, Configuration]:
             found[f"{package} {bits}, no window"] = Configuration(package, make, {**options, "window": 0}, seeded)
     for bits, options in (*both, ("K4/V2 in groups of 32", {"bits": (4, 2), "group": 32})):
         found[f"tiny-turboquant {bits}, window 128"] = Configuration("tiny-turboquant", tiny_turboquant, options)
-    for package in ("quanto", "hqq"):
-        options = {"backend": package}
-        found[f"{package} K4/V4, window 128"] = Configuration(package, transformers_quantized, options)
+    for name, package, options in (
+        ("quanto K4/V4", "quanto", {}),
+        ("quanto K4/V4 in groups of 32", "quanto", {"group": 32}),
+        ("hqq K4/V4 in groups of 32", "hqq", {"axis": 1, "group": 32}),
+    ):
+        found[f"{name}, window 128"] = Configuration(package, transformers_quantized, {"backend": package, **options})
     return found
 
 
