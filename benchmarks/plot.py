@@ -32,7 +32,7 @@ STYLES = {
     "turboquant": ("vLLM TURBOQUANT 4bit_nc", "#7f7f7f", "D"),
     "int4_per_token_head": ("vLLM int4_per_token_head", "#b8860b", "v"),
 }
-BITS = r"(K\d/V\d)"
+BITS = r"(K\d/V\d(?: trellis)?)"
 # quality: configurations -> (label, colour, marker, face: whether the marker is filled); what fits none is not drawn
 QUALITY_STYLES = {
     BITS: ("POWERQUANT", "#c1272d", "o", True),
