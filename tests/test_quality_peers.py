@@ -123,3 +123,28 @@ def test_a_refused_model_is_told_from_an_error():
 
     with pytest.raises(PowerQuantUnsupportedError, match="full attention"):
         quality_peers.make_cache("quanto K4/V4, window 128", Gemma3TextConfig(), 0, 16)
+
+
+def test_every_configuration_is_drawn_once():
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("triton")
+    import re
+
+    from plot import QUALITY_STYLES
+
+    for name in ("K4/V2", "K4/V2, calibrated keys", *quality_peers.CONFIGURATIONS):
+        assert sum(bool(re.fullmatch(pattern, name)) for pattern in QUALITY_STYLES) == 1, name
+
+
+def test_the_last_rows_of_a_configuration_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("triton")
+    from plot import is_quality, read_quality
+
+    header = "model,text,split,prompt_tokens,configuration,seed,kl,commit,date\n"
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    old.write_text(header + "m,a,report,1024,K4/V2,0,1,c1,2026-01-01\nm,a,report,1024,K4/V2,1,2,c1,2026-01-01\n")
+    new.write_text(header + "m,a,report,1024,K4/V2,0,3,c2,2026-01-01\nm,a,tune,1024,K4/V2,0,4,c3,2026-01-01\n")
+    assert is_quality(old)
+    assert [row["kl"] for row in read_quality([old, new])] == ["3"]
+    assert [row["kl"] for row in read_quality([new, old])] == ["1", "2"]
