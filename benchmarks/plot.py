@@ -1,13 +1,15 @@
 """Draws the CSVs of the benchmarks; measures nothing.
 
-    python benchmarks/plot.py benchmarks/results/nvidia-h200/*.csv [--format png]
+    python benchmarks/plot.py benchmarks/results/nvidia-h200/*.csv benchmarks/results/quality/*.csv [--format png]
 
-Writes decode_time, decode_bandwidth and serving_tokens (those that have rows) to benchmarks/results/<machine>/.
+Writes decode_time, decode_bandwidth and serving_tokens (those that have rows) to benchmarks/results/<machine>/, and for each
+model and prompt length of bench_quality.py's rows a quality_<model>_<tokens> to benchmarks/results/quality/.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -30,6 +32,24 @@ STYLES = {
     "turboquant": ("vLLM TURBOQUANT 4bit_nc", "#7f7f7f", "D"),
     "int4_per_token_head": ("vLLM int4_per_token_head", "#b8860b", "v"),
 }
+BITS = r"(K\d/V\d(?: trellis)?)"
+# quality: configurations -> (label, colour, marker, face: whether the marker is filled); what fits none is not drawn
+QUALITY_STYLES = {
+    BITS: ("POWERQUANT", "#c1272d", "o", True),
+    f"{BITS}, calibrated keys": ("POWERQUANT, calibrated keys", "#c1272d", "*", True),
+    f"tqai {BITS}, window 128": ("tqai", "#1f4e79", "s", False),
+    f"tqai {BITS}, window 128, 4 sinks": ("tqai, 4 sinks", "#1f4e79", "s", True),
+    f"fused-turboquant {BITS}, no window": ("fused-turboquant", "#7f7f7f", "D", False),
+    f"fused-turboquant {BITS}, window 128": ("fused-turboquant, window lent", "#7f7f7f", "D", True),
+    f"turbo-attn {BITS}, no window": ("turbo-attn", "#b8860b", "v", False),
+    f"turbo-attn {BITS}, window 128": ("turbo-attn, window lent", "#b8860b", "v", True),
+    f"tiny-turboquant {BITS}, window 128": ("tiny-turboquant", "#2e7d32", "^", False),
+    f"tiny-turboquant {BITS} in groups of 32, window 128": ("tiny-turboquant K4/V2, groups of 32", "#2e7d32", "^", True),
+    f"quanto {BITS}, window 128": ("Transformers K4/V4, quanto", "#6a3d9a", "P", False),
+    f"quanto {BITS} in groups of 32, window 128": ("Transformers K4/V4, quanto, groups of 32", "#6a3d9a", "P", True),
+    f"hqq {BITS} in groups of 32, window 128": ("Transformers K4/V4, HQQ, groups of 32", "#6a3d9a", "X", True),
+}
+MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma": "Gemma 3 270M"}
 SWEEP = re.compile(r"(\d+)x(\d+) 32/8 d128")
 SERVED = re.compile(r"context (\d+), batch (\d+)(, memory full)?, no torch\.compile")
 Series = dict[str, list[tuple[int, Row]]]  # provider -> (x, row)
@@ -143,24 +163,106 @@ def serving_tokens(rows: list[Row]):
     return figure
 
 
+def is_quality(path: Path) -> bool:
+    with path.open(newline="") as file:
+        return "configuration" in next(csv.reader(file), [])
+
+
+def read_quality(paths: list[Path]) -> list[dict]:
+    """Rows of bench_quality.py on the report part of the texts: of each configuration those of its last date and commit."""
+    of_run, last = defaultdict(list), {}
+    for path in paths:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                case, run = (row["model"], row["prompt_tokens"], row["configuration"]), (row["date"], row["commit"])
+                if row["split"] == "report":
+                    of_run[case, run].append(row)
+                    if case not in last or run[0] >= last[case][0]:
+                        last[case] = run
+    return [row for case, run in last.items() for row in of_run[case, run]]
+
+
+def quality_figure(rows: list[dict]):
+    """KL to the uncompressed cache against bytes held, of a model's rows at one prompt length; None without rows to draw."""
+    points = defaultdict(list)  # configuration -> (share of bf16's bytes, KL) of each row
+    for row in rows:
+        points[row["configuration"]].append((int(row["held_bytes"]) / int(row["exact_bytes"]), float(row["kl"])))
+    figure, axis = pyplot.subplots(figsize=(8.5, 4.8), layout="constrained")
+    for pattern, (label, colour, marker, filled) in QUALITY_STYLES.items():
+        found = ((re.fullmatch(pattern, name), values) for name, values in points.items())
+        means = sorted((*(sum(x) / len(x) for x in zip(*values, strict=True)), match[1]) for match, values in found if match)
+        if not means:
+            continue
+        shares, divergences, _ = zip(*means, strict=True)
+        face, size = colour if filled else "white", 9 if marker == "*" else 6
+        axis.plot(
+            [100 * x for x in shares], divergences, color=colour, marker=marker, ms=size, mfc=face, lw=0.8, label=label
+        )
+        for share, divergence, name in means if label.startswith("POWERQUANT") else ():
+            right = marker == "o"
+            axis.annotate(
+                name,
+                (100 * share, divergence),
+                xytext=(6 if right else -6, 3),
+                textcoords="offset points",
+                ha="left" if right else "right",
+                fontsize=7,
+                color=colour,
+            )
+    if not axis.lines:
+        pyplot.close(figure)
+        return None
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    shares, divergences = (15, 20, 30, 40, 60, 100, 200), [m * 10**e for e in (-4, -3, -2, -1) for m in (1, 2, 5)]
+    low, high = axis.get_ylim()
+    axis.set_xticks(shares, [f"{x}" for x in shares])
+    axis.set_yticks(*zip(*((x, f"{x:g}") for x in divergences if low < x < high), strict=True))
+    axis.minorticks_off()
+    axis.set_xlabel("bytes held, % of bf16's; a peer's joined points: K4/V2 above, K4/V4 below")
+    axis.set_ylabel("KL to the uncompressed cache, nats")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    first, texts = rows[0], len({row["text"] for row in rows})
+    name, length = MODELS.get(first["model"], first["model"]), int(first["prompt_tokens"])
+    figure.suptitle(
+        f"{name}, prompts of {length:,} tokens, {first['positions']} more decoded, {texts} texts\n"
+        f"torch {first['torch']}, transformers {first['transformers']}, {max(row['date'] for row in rows)}",
+        fontsize=11,
+    )
+    return figure
+
+
+def save(figure, folder: Path, name: str, kind: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.{kind}"
+    figure.savefig(path, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    print(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", type=Path, nargs="+")
     parser.add_argument("--format", choices=("svg", "png"), default="svg")
-    parser.add_argument("--folder", type=Path, help="where to write (default: results/<machine>/)")
+    parser.add_argument("--folder", type=Path, help="where to write (default: results/<machine>/, results/quality/)")
     args = parser.parse_args()
     matplotlib.rcParams["svg.hashsalt"] = "powerquant"  # the same rows draw the same bytes
-    rows = read_rows(*args.csv)
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text, not outlines
+    quality = [path for path in args.csv if is_quality(path)]
+    groups = defaultdict(list)
+    for row in read_quality(quality):
+        groups[row["model"], int(row["prompt_tokens"])].append(row)
+    for (model, length), of_group in sorted(groups.items()):
+        figure = quality_figure(of_group)
+        if figure is not None:
+            save(figure, args.folder or RESULTS / "quality", f"quality_{model}_{length}", args.format)
+    rows = read_rows(*(path for path in args.csv if path not in quality))
     for gpu in sorted({row.gpu for row in rows}):
         folder = args.folder or RESULTS / re.sub(r"[^a-z0-9]+", "-", gpu.lower())
         for draw in (decode_time, decode_bandwidth, serving_tokens):
             figure = draw([row for row in rows if row.gpu == gpu])
-            if figure is None:
-                continue
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{draw.__name__}.{args.format}"
-            figure.savefig(path, dpi=150, metadata={"Date": None} if args.format == "svg" else None)
-            print(path)
+            if figure is not None:
+                save(figure, folder, draw.__name__, args.format)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 
 UNIT = 8  # parts of a level's distance that coordinates are rounded to
+FAR = 1 << 26  # more than any sum of errors
 LIMIT = 16.0  # of coordinates, in levels' distances
 
 
@@ -53,28 +54,33 @@ def encode(t: torch.Tensor) -> torch.Tensor:
     n = ring_length(t.shape[-1])
     low = torch.full_like(t, -LIMIT)
     x = torch.where(t > -LIMIT, t, low).clamp(max=LIMIT)
-    x = torch.round(x * UNIT).to(torch.int32).unflatten(-1, (-1, n)).unsqueeze(-1)
-    symbol = torch.arange(4, device=t.device)
-    level = (UNIT // 2 * (2 * level_of(symbol[:, None], symbol[None, :]) + 1)).to(torch.int32)  # [symbol, before], in units
-    # least errors (less x^2) of symbols so far, by the ring's last symbol ("start") and the current one
-    start = torch.eye(4, dtype=torch.bool, device=t.device)
-    least = torch.where(start, 0, 1 << 24).to(torch.int32).expand(*x.shape[:-2], 4, 4)
+    x = torch.round(x * UNIT).to(torch.int32).unflatten(-1, (-1, n)).movedim(-1, 0).contiguous()
+    # Least sums of errors (less x^2) up to a channel, by its symbol, [4 starts, ...] each: a start is the symbol that a ring is
+    # to end with. Sums are times 4, with the symbol before in the last two bits: so the first of equal sums is the least.
+    start = torch.arange(4, dtype=torch.int32, device=t.device).view(4, *(1,) * (x.dim() - 1))
+    least = [torch.where(start == symbol, symbol, FAR + symbol).expand(4, *x.shape[1:]) for symbol in range(4)]
     choices = []
     for i in range(n):
-        error = level * (level - 2 * x[..., i, :, None])
-        sums = least[..., :, None, :] + error[..., None, :, :]  # [..., start, symbol, before]
-        least, before = sums.min(-1).values, _first_least(sums)
-        choices.append(before)
-    ends = least.diagonal(dim1=-2, dim2=-1)
-    now = _first_least(ends)
-    of_start = now[..., None, None].expand(*now.shape, 1, 4)
+        error = {level: 4 * level * (level - 2 * x[i]) for level in {_level(s, p) for s in range(4) for p in range(4)}}
+        sums = []
+        for symbol in range(4):
+            best = least[0] + error[_level(symbol, 0)]
+            for before in range(1, 4):
+                best = torch.minimum(best, least[before] + error[_level(symbol, before)])
+            sums.append(best)
+        choices.append(torch.stack(sums) & 3)  # [4 symbols, 4 starts, ...]
+        least = [(best & -4) + symbol for symbol, best in enumerate(sums)]
+    ends = torch.stack([least[symbol][symbol] for symbol in range(4)])
+    now = (ends.min(0).values & 3).long()
+    of_start = now[None, None].expand(4, 1, *now.shape)
     idx = []
     for before in reversed(choices):
         idx.append(now)
-        now = before.gather(-2, of_start).squeeze(-2).gather(-1, now[..., None]).squeeze(-1)
+        now = before.gather(1, of_start)[:, 0].gather(0, now[None])[0].long()
     return torch.stack(idx[::-1], -1).flatten(-2).to(torch.uint8)
 
 
-def _first_least(x: torch.Tensor) -> torch.Tensor:
-    """Index of the first least entry along the last dimension, which torch.argmin does not promise."""
-    return (x == x.min(-1, keepdim=True).values).to(torch.uint8).argmax(-1)
+def _level(symbol: int, before: int) -> int:
+    """n + 1/2 in units."""
+    k = symbol ^ (before >> 1)
+    return UNIT // 2 * (2 * (k + 4 * (k ^ 3 * (before & 1))) - 15)
