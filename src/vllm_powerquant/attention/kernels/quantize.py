@@ -178,7 +178,7 @@ def find_codes(t, VECTORS: tl.constexpr):
 
 @triton.jit
 def _encode_rings(h, inverse, RING: tl.constexpr):
-    """trellis.encode of columns h [TOKENS, LANES], RING of which are a ring: a word of symbols for each ring, [TOKENS, LANES].
+    """trellis.encode of columns h [TOKENS, LANES], RING of which are a ring: a word of symbols for each, [TOKENS, LANES].
 
     Sums are multiples of 4 with the symbol before in the last two bits, and below 2^24: fp32 holds them exactly, and the
     first of equal sums is the least. They have a dimension of their own for the symbol that the ring ends with. A loop over
