@@ -55,8 +55,8 @@ def encode(t: torch.Tensor) -> torch.Tensor:
     low = torch.full_like(t, -LIMIT)
     x = torch.where(t > -LIMIT, t, low).clamp(max=LIMIT)
     x = torch.round(x * UNIT).to(torch.int32).unflatten(-1, (-1, n)).movedim(-1, 0).contiguous()
-    # Least sums of errors (less x^2) up to a channel, by its symbol, [4 starts, ...] each: a start is the symbol that a ring is
-    # to end with. Sums are times 4, with the symbol before in the last two bits: so the first of equal sums is the least.
+    # Least sums of errors (less x^2) up to a channel, by its symbol, [4 starts, ...] each: a start is the symbol that a ring
+    # is to end with. Sums are times 4, with the symbol before in the last two bits: the first of equal sums is the least.
     start = torch.arange(4, dtype=torch.int32, device=t.device).view(4, *(1,) * (x.dim() - 1))
     least = [torch.where(start == symbol, symbol, FAR + symbol).expand(4, *x.shape[1:]) for symbol in range(4)]
     choices = []

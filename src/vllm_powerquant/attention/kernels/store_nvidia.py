@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -437,7 +438,7 @@ def _value_bytes(h, inverse, lane, LANES: gl.constexpr, GROUP: gl.constexpr, PTX
 
 @gluon.jit
 def _ring_bytes(h, inverse, lane, LANES: gl.constexpr, GROUP: gl.constexpr, PTX: gl.constexpr):
-    """2-bit values of the trellis: bytes, and <h, n + 1/2>. Four columns (GROUP) are neighbouring channels."""
+    """2-bit values of the trellis: bytes, and <h, n + 1/2>."""
     TOKENS: gl.constexpr = inverse.shape[0]
     COUNT: gl.constexpr = len(h)
     PAIRS: gl.constexpr = COUNT * LANES // 2
@@ -460,20 +461,24 @@ def _ring_bytes(h, inverse, lane, LANES: gl.constexpr, GROUP: gl.constexpr, PTX:
             PTX, "=r,r,r,r,r,r,r,r,r", [x0, x1, x2, x3, x4, x5, x6, x7], dtype=gl.int32, is_pure=False, pack=1
         )
         quarters.index(i).store(quarter)
-    words = quarters._reinterpret(gl.int32, [TOKENS, COUNT // GROUP * LANES], FLAT2)
+    words = quarters._reinterpret(gl.int32, [TOKENS, COUNT // 4 * LANES], FLAT2)
+    LWORD: gl.constexpr = gl.BlockedLayout([1, GROUP // 4], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
+    quarter = ()  # of each four columns
     terms = ()
-    fields = ()
     for p in gl.static_range(COUNT // GROUP):
-        word = words.slice(p * LANES, LANES, 1).load(inverse.type.layout)
-        fields = fields + (word,)
-        for j in gl.static_range(GROUP):
-            grid = ((word >> (8 + 4 * j)) & 15).to(gl.float32) - 7.5
-            terms = terms + (h[p * GROUP + j] * grid,)
+        piece = words.slice(p * LANES * (GROUP // 4), LANES * (GROUP // 4), 1).load(LWORD)
+        piece = split_columns(piece.reshape([TOKENS, LANES, GROUP // 4]), GROUP // 4)
+        for g in gl.static_range(GROUP // 4):
+            word = gl.convert_layout(piece[g], inverse.type.layout, assert_trivial=True)
+            quarter = quarter + (word,)
+            for j in gl.static_range(4):
+                grid = ((word >> (8 + 4 * j)) & 15).to(gl.float32) - 7.5
+                terms = terms + (h[p * GROUP + g * 4 + j] * grid,)
     column_bytes = ()
-    for j in gl.static_range(GROUP):
-        byte = (fields[0] >> (2 * j)) & 3
-        for p in gl.static_range(1, COUNT // GROUP):
-            byte = byte | ((fields[p] >> (2 * j)) & 3) << (2 * p)
+    for k in gl.static_range(COUNT // 4):
+        byte = (quarter[k // 4] >> (k % 4 * 2)) & 3
+        for field in gl.static_range(1, 4):
+            byte = byte | ((quarter[field * (COUNT // 16) + k // 4] >> (k % 4 * 2)) & 3) << (2 * field)
         column_bytes = column_bytes + (byte,)
     return column_bytes, tree_sum(terms, lane, COUNT, LANES, GROUP)
 
@@ -579,13 +584,12 @@ def _store_kernel(
     stride_block: gl.int64, stride_head: gl.int64,
     stride_exact_block: gl.int64, stride_exact_head: gl.int64, stride_exact_token: gl.int64,
     BLOCK_SIZE: gl.constexpr, EXACT_BLOCK_SIZE: gl.constexpr, FORMAT: gl.constexpr,
-    KEY_PTX: gl.constexpr, VALUE_PTX: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr, TILED: gl.constexpr,
-    HAS_KEYS: gl.constexpr, HAS_VALUES: gl.constexpr,
+    KEY_PTX: gl.constexpr, VALUE_PTX: gl.constexpr, TOKENS: gl.constexpr, LANES: gl.constexpr, GROUP: gl.constexpr,
+    TILED: gl.constexpr,
 ):  # fmt: skip
     KEYS: gl.constexpr = FORMAT.keys
     VALUES: gl.constexpr = FORMAT.values
     COLUMN: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
-    TOKENS: gl.constexpr = gl.num_warps() * 32 // LANES
     head = gl.program_id(0).to(gl.int64)
     first = gl.program_id(1) * TOKENS
     key_ptr += head * stride_key_head
@@ -596,10 +600,9 @@ def _store_kernel(
         first = gl.minimum(first, num_tokens - TOKENS)
         # under way while the program asks for its slots, and the values while it stores the keys
         key_tile = _copy_tile(key_ptr + first.to(gl.int64) * stride_key_token, stride_key_token, TOKENS, FORMAT.head_size)
-        if HAS_VALUES:
-            value_tile = _copy_tile(
-                value_ptr + first.to(gl.int64) * stride_value_token, stride_value_token, TOKENS, FORMAT.head_size
-            )
+        value_tile = _copy_tile(
+            value_ptr + first.to(gl.int64) * stride_value_token, stride_value_token, TOKENS, FORMAT.head_size
+        )
     row = first + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, COLUMN))[:, None]
     real = row < num_tokens
     # reads need no mask
@@ -622,10 +625,9 @@ def _store_kernel(
             if gl.max(gl.max(copied.to(gl.int32), 1), 0) != 0:
                 async_copy.wait_group(0)
                 _store_tile(key_tile, to_ptr, copied)
-                if HAS_VALUES:
-                    _store_tile(value_tile, value_to_ptr, copied)
-        async_copy.wait_group(1 if HAS_VALUES else 0)
-    if HAS_KEYS and (TILED or not HAS_VALUES or gl.program_id(2) == 0):
+                _store_tile(value_tile, value_to_ptr, copied)
+        async_copy.wait_group(1)
+    if TILED or gl.program_id(2) == 0:
         _store_vectors(
             key_ptr,
             key_tile,
@@ -634,9 +636,9 @@ def _store_kernel(
             to_ptr, copied, cache_ptr, slot, packed, magnitudes, other_bytes, stride_key_token, stride_block,
             True, FORMAT, KEYS, KEY_PTX, BLOCK_SIZE, LANES, GROUP, COLUMN,
         )  # fmt: skip
-    if TILED and HAS_VALUES:
+    if TILED:
         async_copy.wait_group(0)
-    if HAS_VALUES and (TILED or not HAS_KEYS or gl.program_id(2) == 1):
+    if TILED or gl.program_id(2) == 1:
         _store_vectors(
             value_ptr,
             value_tile,
@@ -659,20 +661,36 @@ def _ptx(cache_format: CacheFormat) -> tuple[str | None, str | None, int]:
     return _key_word_ptx(keys), value_ptx, int.from_bytes(bytes(_magnitude_bytes(keys)[:4]), "little", signed=True)
 
 
+@dataclass(frozen=True)
+class LaunchShape:
+    """Tokens of a program, lanes that a vector is spread over, columns side by side in a lane, whether rows come by tiles,
+    warps, registers that a thread may take."""
+
+    tokens: int
+    lanes: int
+    group: int
+    tiled: bool
+    warps: int
+    registers: int | None
+
+
 @functools.cache
-def launch_shape(cache_format: CacheFormat, large: bool) -> tuple[int, int, bool, int, int | None]:
-    """Lanes that a vector is spread over, columns side by side in a lane, TILED, warps, registers that a thread may take."""
+def launch_shape(cache_format: CacheFormat, large: bool) -> LaunchShape:
     head_size = cache_format.head_size
     if head_size & (head_size - 1):
-        return 1, 8, False, 1, None
+        return LaunchShape(32, 1, 8, False, 1, None)
     if not large:
         # the columns of a byte lie in one lane: eight of each in planes of one bit, which 3 bits have
         fields = 8 if 3 in (cache_format.key_bits, cache_format.value_bits) else 4
-        return head_size // (4 * fields), 4, False, 1, None
+        lanes = head_size // (4 * fields)
+        # the rings of a warp's vectors keep four warps busy
+        return LaunchShape(32 // lanes, lanes, 4, False, 4 if cache_format.is_trellis else 1, None)
     # fewer registers spill; with 168 12 warps fit a multiprocessor, with 96 20 (H200, 2026-11-24)
     usual = (cache_format.key_bits, cache_format.value_bits) == (4, 2)
     lanes, warps, registers = {64: (1, 1, 96), 128: (2, 4, 96), 256: (2, 1, 168)}[head_size]
-    return lanes, 8, True, warps, registers if usual else None
+    if cache_format.is_trellis:
+        registers = {64: 128, 128: 128, 256: 255}[head_size]
+    return LaunchShape(warps * 32 // lanes, lanes, 8, True, warps, registers if usual else None)
 
 
 def store_nvidia(
@@ -688,50 +706,41 @@ def store_nvidia(
 ) -> None:
     """store.store after its checks."""
     num_kv_heads = key.shape[1]
-    large = launch_shape(cache_format, num_tokens * num_kv_heads >= LARGE_BATCH)
-    lanes, _, tiled, warps, _ = large
+    shape = launch_shape(cache_format, num_tokens * num_kv_heads >= LARGE_BATCH)
     # A tile is full, its offsets fit 32 bits, and its rows are copied 16 bytes at a time. Of a number Triton knows only
     # whether 16 divides it, so the strides, which count elements, must be multiples of that.
-    tokens = warps * 32 // lanes
     odd = any(x.data_ptr() % 16 or x.stride(0) % 16 or x.stride(1) % 16 for x in (key, value))
-    small = launch_shape(cache_format, False)
-    if tiled and (num_tokens < tokens or tokens * max(key.stride(0), value.stride(0)) >= 2**31 or odd):
-        large = small
-    # the form for large batches has no trellis: there values have a launch of their own
-    apart = cache_format.is_trellis and large != small
+    wide = shape.tokens * max(key.stride(0), value.stride(0)) >= 2**31
+    if shape.tiled and (num_tokens < shape.tokens or wide or odd):
+        shape = launch_shape(cache_format, False)
     key_ptx, value_ptx, magnitudes = _ptx(cache_format)
-    for (lanes, group, tiled, warps, maxnreg), has_keys, has_values in (
-        ((large, True, False), (small, False, True)) if apart else ((large, True, True),)
-    ):
-        parts = 2 if has_keys and has_values and not tiled else 1
-        _store_kernel[(num_kv_heads, triton.cdiv(num_tokens, warps * 32 // lanes), parts)](
-            key,
-            value,
-            key_frame,
-            slots,
-            cache,
-            exact_slots,
-            exact_cache,
-            num_tokens,
-            magnitudes,
-            _OTHER_BYTES,
-            key.stride(0),
-            key.stride(1),
-            value.stride(0),
-            value.stride(1),
-            *(cache.stride()[:2] if cache is not None else (0, 0)),
-            *(exact_cache.stride()[:3] if exact_cache is not None else (0, 0, 0)),
-            BLOCK_SIZE=cache.shape[2] if cache is not None else 0,
-            EXACT_BLOCK_SIZE=exact_cache.shape[2] if exact_cache is not None else 0,
-            FORMAT=StoreFormat.of(cache_format),
-            KEY_PTX=key_ptx,
-            VALUE_PTX=value_ptx,
-            LANES=lanes,
-            GROUP=group,
-            TILED=tiled,
-            HAS_KEYS=has_keys,
-            HAS_VALUES=has_values,
-            num_warps=warps,
-            maxnreg=maxnreg,
-            enable_fp_fusion=False,
-        )
+    _store_kernel[(num_kv_heads, triton.cdiv(num_tokens, shape.tokens), 1 if shape.tiled else 2)](
+        key,
+        value,
+        key_frame,
+        slots,
+        cache,
+        exact_slots,
+        exact_cache,
+        num_tokens,
+        magnitudes,
+        _OTHER_BYTES,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        *(cache.stride()[:2] if cache is not None else (0, 0)),
+        *(exact_cache.stride()[:3] if exact_cache is not None else (0, 0, 0)),
+        BLOCK_SIZE=cache.shape[2] if cache is not None else 0,
+        EXACT_BLOCK_SIZE=exact_cache.shape[2] if exact_cache is not None else 0,
+        FORMAT=StoreFormat.of(cache_format),
+        KEY_PTX=key_ptx,
+        VALUE_PTX=value_ptx,
+        TOKENS=shape.tokens,
+        LANES=shape.lanes,
+        GROUP=shape.group,
+        TILED=shape.tiled,
+        num_warps=shape.warps,
+        maxnreg=shape.registers,
+        enable_fp_fusion=False,
+    )
