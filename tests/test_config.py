@@ -135,7 +135,9 @@ def test_additional_must_be_an_object(additional):
 
 def test_presets():
     assert PowerQuantConfig.from_sources({"POWERQUANT_PRESET": "quality"}) == PowerQuantConfig(value_bits=4)
-    assert PowerQuantConfig.from_sources({}, {"preset": "max-context"}) == PowerQuantConfig(key_bits=3)
+    assert PowerQuantConfig.from_sources({}, {"preset": "max-context"}) == PowerQuantConfig(
+        key_bits=3, value_codec="trellis"
+    )
     assert PowerQuantConfig.from_sources({"POWERQUANT_PRESET": "balanced"}) == PowerQuantConfig()
     mixed = PowerQuantConfig.from_sources({"POWERQUANT_PRESET": "quality", "POWERQUANT_VALUE_BITS": "3"}, {"key_bits": 8})
     assert mixed == PowerQuantConfig(key_bits=8, value_bits=3)

@@ -20,7 +20,7 @@ OTHER_ENV_NAMES = ("POWERQUANT_CACHE_DIR", "POWERQUANT_MODEL_GGUF")
 
 # Options that a preset sets where neither source gives them; the measured cost of each stands in the README.
 PRESET, PRESET_ENV, DEFAULT_PRESET = "preset", "POWERQUANT_PRESET", "balanced"
-PRESETS = {"quality": {"value_bits": 4}, DEFAULT_PRESET: {}, "max-context": {"key_bits": 3}}
+PRESETS = {"quality": {"value_bits": 4}, DEFAULT_PRESET: {}, "max-context": {"key_bits": 3, "value_codec": "trellis"}}
 
 # Where `additional` of PowerQuantConfig.from_sources comes from, for messages.
 ADDITIONAL_CONFIG = "--additional-config '{\"powerquant\": {...}}'"

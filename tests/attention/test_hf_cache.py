@@ -176,3 +176,12 @@ def hadamard_error(x: torch.Tensor) -> float:
     codes = reference.dequantize(*reference.quantize(x, book, cache_format.scale_factor(book)), book)
     h = hadamard_transform(x) / 8
     return float((codes - h).norm() / h.norm())
+
+
+def test_layers_of_other_bits():
+    cache = PowerQuantCache(4, 64, value_codec="trellis", layer_bits={0: (8, 3), -1: (3, 2)})
+    formats = [layer.format for layer in cache.layers]
+    trellis = CacheFormat(64, 4, 2, "trellis")
+    assert formats == [CacheFormat(64, 8, 3), trellis, trellis, CacheFormat(64, 3, 2, "trellis")]
+    with pytest.raises(PowerQuantConfigError, match="layer_bits must name layers from -4 to 3, got 4"):
+        PowerQuantCache(4, 64, layer_bits={4: (4, 4)})

@@ -7,14 +7,14 @@ packed slot decodes to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..errors import PowerQuantUnsupportedError
+from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
 from . import reference
-from .cache_format import CacheFormat
+from .cache_format import SCALAR, CacheFormat
 from .qjl import ResidualSketch
 from .rotation import unrotate
 
@@ -205,7 +205,10 @@ class PowerQuantCache(Cache):
     Args: num_layers; head_size; protected_layers: so many first and last layers keep every token exact; key_frames: one
           [num_kv_heads, 3, head_size] fp32 a layer; seed: of a rotation other than the shipped one (0); qjl_bits: sign
           projections a coordinate of what the key codes leave over (qjl.py), 0 for none: it costs more than it gives, see
-          benchmarks/QUALITY_LOG.md
+          benchmarks/QUALITY_LOG.md; layer_bits: (key_bits, value_bits) of layers that have others, by index, negative from the
+          end
+
+    Raises: PowerQuantConfigError for bits, a codec or a layer that does not exist.
     """
 
     def __init__(
@@ -221,8 +224,13 @@ class PowerQuantCache(Cache):
         key_frames: Sequence[torch.Tensor] | None = None,
         seed: int = 0,
         qjl_bits: int = 0,
+        layer_bits: Mapping[int, tuple[int, int]] | None = None,
     ) -> None:
-        cache_format = CacheFormat(head_size, key_bits, value_bits, value_codec)
+        formats = [CacheFormat(head_size, key_bits, value_bits, value_codec)] * num_layers
+        for i, (key, value) in (layer_bits or {}).items():
+            if not -num_layers <= i < num_layers:
+                raise PowerQuantConfigError(f"layer_bits must name layers from {-num_layers} to {num_layers - 1}, got {i}")
+            formats[i] = CacheFormat(head_size, key, value, value_codec if value == 2 else SCALAR)
         signs = None
         if seed:
             generator = torch.Generator().manual_seed(seed)
@@ -230,7 +238,7 @@ class PowerQuantCache(Cache):
         sketch = ResidualSketch(head_size, qjl_bits) if qjl_bits != 0 else None
         layers = [
             PowerQuantLayer(
-                cache_format if protected_layers <= i < num_layers - protected_layers else None,
+                formats[i] if protected_layers <= i < num_layers - protected_layers else None,
                 residual_tokens,
                 sink_tokens,
                 None if key_frames is None else key_frames[i],
