@@ -28,6 +28,8 @@ CONFIGURATIONS = {
     },
     "K4/V4": {"POWERQUANT_VALUE_BITS": "4"},
     "K4/V2 (defaults)": {},
+    "K4/V2 trellis": {"POWERQUANT_VALUE_CODEC": "trellis"},
+    "K3/V2 trellis (max-context)": {"POWERQUANT_PRESET": "max-context"},
     "K4/V2, 2 + 2 layers protected": {"POWERQUANT_PROTECTED_LAYERS": "2"},
     "K4/V2, no sinks": {"POWERQUANT_SINK_TOKENS": "0"},
     "K4/V2, nothing exact": {"POWERQUANT_RESIDUAL_TOKENS": "0", "POWERQUANT_SINK_TOKENS": "0"},
