@@ -205,8 +205,8 @@ class PowerQuantCache(Cache):
     Args: num_layers; head_size; protected_layers: so many first and last layers keep every token exact; key_frames: one
           [num_kv_heads, 3, head_size] fp32 a layer; seed: of a rotation other than the shipped one (0); qjl_bits: sign
           projections a coordinate of what the key codes leave over (qjl.py), 0 for none: it costs more than it gives,
-          see benchmarks/QUALITY_LOG.md; layer_bits: (key_bits, value_bits) of layers that have others, by index, negative from the
-          end
+          see benchmarks/QUALITY_LOG.md; layer_bits: (key_bits, value_bits) of layers that have others, by index, negative
+          from the end
 
     Raises: PowerQuantConfigError for bits, a codec or a layer that does not exist.
     """
