@@ -4,7 +4,8 @@
     python benchmarks/eval_agreement.py --at-once 8 --graphs --reference FOLDER     on a GPU
 
 The prompt is prefilled by each engine; the following tokens of the text are then decoded one by one through its cache.
---save keeps what the engines said, --reference compares with what was kept, e.g. a GPU's answers with a CPU's.
+--save keeps what the engines said, --reference compares with what was kept, e.g. a GPU's answers with a CPU's. --library
+measures the same texts through the Transformers cache of bench_quality.py too.
 """
 
 from __future__ import annotations
@@ -43,6 +44,39 @@ def compare(want: np.ndarray, got: np.ndarray) -> tuple[float, np.ndarray]:
     return float(agreement), kl
 
 
+def library_kl(model: str, rows: np.ndarray, prompt_tokens: int, environments: dict[str, dict]) -> dict[str, np.ndarray]:
+    """KL of each prompt [prompts] by vllm_powerquant.quality, prompts' keys and values exact."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from vllm_powerquant import quality
+    from vllm_powerquant.attention.hf_cache import PowerQuantCache
+    from vllm_powerquant.calibration import Calibration, ModelShape
+    from vllm_powerquant.config import PowerQuantConfig
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+    shape = ModelShape.of(loaded.config)
+    kl = {name: [] for name in environments}
+    for i, row in enumerate(rows.tolist()):
+        segment = quality.make_segment(loaded, str(i), row, prompt_tokens, chunk=1)
+        for name, environment in environments.items():
+            config = PowerQuantConfig.from_sources(environment)
+            frames = Calibration.load(config.calibration).keys.frames() if config.calibration else None
+            cache = PowerQuantCache(
+                shape.layers,
+                shape.head_size,
+                config.key_bits,
+                config.value_bits,
+                config.value_codec if config.value_bits == 2 else "scalar",
+                config.residual_tokens,
+                config.sink_tokens,
+                config.protected_layers,
+                frames,
+            )
+            kl[name].append(quality.measure(loaded, segment, lambda cache=cache: cache, chunk=1).kl)
+    return {name: np.array(values) for name, values in kl.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="Hugging Face checkpoint (default: the embedded SmolLM2)")
@@ -51,6 +85,7 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=32)
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     parser.add_argument("--calibration", help="what `powerquant calibrate` wrote, for every configuration")
+    parser.add_argument("--library", action="store_true", help="measure the same texts through a Transformers cache too")
     parser.add_argument("--graphs", action="store_true", help="decode steps as CUDA graphs instead of eager")
     parser.add_argument("--at-once", type=int, default=1, help="engines that run beside one another")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep each configuration's log-probabilities here")
@@ -112,6 +147,13 @@ def main() -> None:
             if args.reference and (args.reference / file).exists():
                 top, kl = compare(np.load(args.reference / file).astype(np.float32), got["logprobs"][0])
                 print(f"{'':8}against the reference's own {name}: top-1 {top:7.2%}  KL {kl.mean():.5f}", flush=True)
+    if args.library:
+        environments = {name: CONFIGURATIONS[name] | calibrated for name in args.only}
+        for name, kl in library_kl(job["model"], stock["tokens"], args.prompt_tokens, environments).items():
+            print(
+                f"{name:32} through a Transformers cache: KL {kl.mean():.5f} +- {kl.std(ddof=1) / len(kl) ** 0.5:.5f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
