@@ -38,6 +38,7 @@ CONFIGURATIONS = {
     "K4/V2, calibrated keys": {"calibrated": True},
     "K4/V2 trellis": {"value_codec": "trellis"},
     "K4/V2 trellis, calibrated keys": {"value_codec": "trellis", "calibrated": True},
+    "K3/V2 trellis": {"key_bits": 3, "value_codec": "trellis"},
     "K3/V2 trellis, calibrated keys": {"key_bits": 3, "value_codec": "trellis", "calibrated": True},
     "K4/V2 trellis, calibrated keys, nothing exact": {
         "value_codec": "trellis",
