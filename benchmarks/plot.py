@@ -163,9 +163,9 @@ def serving_tokens(rows: list[Row]):
     return figure
 
 
-def is_quality(path: Path) -> bool:
+def has_column(path: Path, name: str) -> bool:
     with path.open(newline="") as file:
-        return "configuration" in next(csv.reader(file), [])
+        return name in next(csv.reader(file), [])
 
 
 def read_quality(paths: list[Path]) -> list[dict]:
@@ -248,7 +248,7 @@ def main() -> None:
     args = parser.parse_args()
     matplotlib.rcParams["svg.hashsalt"] = "powerquant"  # the same rows draw the same bytes
     matplotlib.rcParams["svg.fonttype"] = "none"  # text, not outlines
-    quality = [path for path in args.csv if is_quality(path)]
+    quality = [path for path in args.csv if has_column(path, "configuration")]
     groups = defaultdict(list)
     for row in read_quality(quality):
         groups[row["model"], int(row["prompt_tokens"])].append(row)
@@ -256,7 +256,8 @@ def main() -> None:
         figure = quality_figure(of_group)
         if figure is not None:
             save(figure, args.folder or RESULTS / "quality", f"quality_{model}_{length}", args.format)
-    rows = read_rows(*(path for path in args.csv if path not in quality))
+    # what is left are timings, and tables that nothing is drawn of
+    rows = read_rows(*(path for path in args.csv if has_column(path, "q50")))
     for gpu in sorted({row.gpu for row in rows}):
         folder = args.folder or RESULTS / re.sub(r"[^a-z0-9]+", "-", gpu.lower())
         for draw in (decode_time, decode_bandwidth, serving_tokens):
