@@ -32,11 +32,13 @@ STYLES = {
     "turboquant": ("vLLM TURBOQUANT 4bit_nc", "#7f7f7f", "D"),
     "int4_per_token_head": ("vLLM int4_per_token_head", "#b8860b", "v"),
 }
-BITS = r"(K\d/V\d(?: trellis)?)"
+BITS = r"(K\d/V\d)"
 # quality: configurations -> (label, colour, marker, face: whether the marker is filled); what fits none is not drawn
 QUALITY_STYLES = {
     BITS: ("POWERQUANT", "#c1272d", "o", True),
     f"{BITS}, calibrated keys": ("POWERQUANT, calibrated keys", "#c1272d", "*", True),
+    f"{BITS} trellis": ("POWERQUANT trellis", "#6b0f1a", "o", False),
+    f"{BITS} trellis, calibrated keys": ("POWERQUANT trellis, calibrated keys", "#6b0f1a", "*", False),
     f"tqai {BITS}, window 128": ("tqai", "#1f4e79", "s", False),
     f"tqai {BITS}, window 128, 4 sinks": ("tqai, 4 sinks", "#1f4e79", "s", True),
     f"fused-turboquant {BITS}, no window": ("fused-turboquant", "#7f7f7f", "D", False),
@@ -49,6 +51,7 @@ QUALITY_STYLES = {
     f"quanto {BITS} in groups of 32, window 128": ("Transformers K4/V4, quanto, groups of 32", "#6a3d9a", "P", True),
     f"hqq {BITS} in groups of 32, window 128": ("Transformers K4/V4, HQQ, groups of 32", "#6a3d9a", "X", True),
 }
+LABELLED = ("POWERQUANT", "POWERQUANT, calibrated keys")  # the trellis's points lie just below
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma": "Gemma 3 270M"}
 SWEEP = re.compile(r"(\d+)x(\d+) 32/8 d128")
 SERVED = re.compile(r"context (\d+), batch (\d+)(, memory full)?, no torch\.compile")
@@ -169,17 +172,18 @@ def has_column(path: Path, name: str) -> bool:
 
 
 def read_quality(paths: list[Path]) -> list[dict]:
-    """Rows of bench_quality.py on the report part of the texts: of each configuration those of its last date and commit."""
-    of_run, last = defaultdict(list), {}
+    """Rows of bench_quality.py on the report part of the texts: of each configuration those of the run (date and commit)
+    with the most texts and rotations, of as large ones the last."""
+    runs = defaultdict(dict)
     for path in paths:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 case, run = (row["model"], row["prompt_tokens"], row["configuration"]), (row["date"], row["commit"])
                 if row["split"] == "report":
-                    of_run[case, run].append(row)
-                    if case not in last or run[0] >= last[case][0]:
-                        last[case] = run
-    return [row for case, run in last.items() for row in of_run[case, run]]
+                    runs[case].setdefault(run, []).append(row)
+    # of equally large and old ones max takes the first
+    chosen = (max(reversed(of.items()), key=lambda item: (len(item[1]), item[0][0]))[1] for of in runs.values())
+    return [row for rows in chosen for row in rows]
 
 
 def quality_figure(rows: list[dict]):
@@ -198,7 +202,7 @@ def quality_figure(rows: list[dict]):
         axis.plot(
             [100 * x for x in shares], divergences, color=colour, marker=marker, ms=size, mfc=face, lw=0.8, label=label
         )
-        for share, divergence, name in means if label.startswith("POWERQUANT") else ():
+        for share, divergence, name in means if label in LABELLED else ():
             right = marker == "o"
             axis.annotate(
                 name,

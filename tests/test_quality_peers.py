@@ -132,19 +132,28 @@ def test_every_configuration_is_drawn_once():
 
     from plot import QUALITY_STYLES
 
-    for name in ("K4/V2", "K4/V2, calibrated keys", *quality_peers.CONFIGURATIONS):
+    for name in (
+        "K4/V2",
+        "K4/V2, calibrated keys",
+        "K4/V2 trellis",
+        "K4/V2 trellis, calibrated keys",
+        *quality_peers.CONFIGURATIONS,
+    ):
         assert sum(bool(re.fullmatch(pattern, name)) for pattern in QUALITY_STYLES) == 1, name
 
 
-def test_the_last_rows_of_a_configuration_are_drawn(tmp_path):
+def test_the_largest_run_of_a_configuration_is_drawn_or_the_last(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("triton")
-    from plot import is_quality, read_quality
+    from plot import has_column, read_quality
 
     header = "model,text,split,prompt_tokens,configuration,seed,kl,commit,date\n"
     old, new = tmp_path / "old.csv", tmp_path / "new.csv"
     old.write_text(header + "m,a,report,1024,K4/V2,0,1,c1,2026-01-01\nm,a,report,1024,K4/V2,1,2,c1,2026-01-01\n")
     new.write_text(header + "m,a,report,1024,K4/V2,0,3,c2,2026-01-01\nm,a,tune,1024,K4/V2,0,4,c3,2026-01-01\n")
-    assert is_quality(old)
-    assert [row["kl"] for row in read_quality([old, new])] == ["3"]
+    assert has_column(old, "configuration")
+    for files in ([old, new], [new, old]):
+        assert [row["kl"] for row in read_quality(files)] == ["1", "2"]
+    new.write_text(header + "m,a,report,1024,K4/V2,0,3,c2,2026-01-01\nm,a,report,1024,K4/V2,1,4,c2,2026-01-01\n")
+    assert [row["kl"] for row in read_quality([old, new])] == ["3", "4"]
     assert [row["kl"] for row in read_quality([new, old])] == ["1", "2"]
