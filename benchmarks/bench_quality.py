@@ -79,10 +79,10 @@ LEVERS = {
     "first and last 2 layers exact": {**_BEST, "layers": {(0, 2): (8, 8), (-2, 0): (8, 8)}},
     "their keys exact": {**_BEST, "layers": {(0, 2): (8, 2), (-2, 0): (8, 2)}},
     "their values exact": {**_BEST, "layers": {(0, 2): (4, 8), (-2, 0): (4, 8)}},
-    "first half K4/V3, rest K3/V2": {**_BEST, "layers": {(0, 0.5): (4, 3), (0.5, 1): (3, 2)}},
-    "first half K3/V2, rest K4/V3": {**_BEST, "layers": {(0, 0.5): (3, 2), (0.5, 1): (4, 3)}},
-    "outer layers K4/V3, middle half K3/V2": {**_BEST, "layers": {(0, 1): (4, 3), (0.25, 0.75): (3, 2)}},
-    "outer layers K3/V2, middle half K4/V3": {**_BEST, "layers": {(0, 1): (3, 2), (0.25, 0.75): (4, 3)}},
+    "first half K4/V3, rest K3/V2": {**_BEST, "layers": {(0.0, 0.5): (4, 3), (0.5, 1.0): (3, 2)}},
+    "first half K3/V2, rest K4/V3": {**_BEST, "layers": {(0.0, 0.5): (3, 2), (0.5, 1.0): (4, 3)}},
+    "outer layers K4/V3, middle half K3/V2": {**_BEST, "layers": {(0.0, 1.0): (4, 3), (0.25, 0.75): (3, 2)}},
+    "outer layers K3/V2, middle half K4/V3": {**_BEST, "layers": {(0.0, 1.0): (3, 2), (0.25, 0.75): (4, 3)}},
     "K3/V3": {**_BEST, "key_bits": 3, "value_bits": 3},
     "keys exact": {**_BEST, "key_bits": 8},
     "values exact": {**_BEST, "value_bits": 8},
@@ -124,7 +124,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--split", choices=quality.SPLITS, default="report")
     every = CONFIGURATIONS | LEVERS
     parser.add_argument("--only", nargs="*", choices=every, metavar="CONFIGURATION", default=list(CONFIGURATIONS))
-    parser.add_argument("--levers", action="store_true", help="what each part of the best 3-bit cache gives, instead")
+    parser.add_argument(
+        "--levers", action="store_true", help="what each part of the best 3-bit cache gives, instead of --only"
+    )
     parser.add_argument(
         "--against", choices=every, metavar="CONFIGURATION", help="print the difference of each KL to this one's"
     )
@@ -142,8 +144,8 @@ def main() -> None:
     args = parse()
     if args.levers:
         args.only, args.against = list(LEVERS), args.against or "all"
-    if args.against in args.only:
-        args.only.insert(0, args.only.pop(args.only.index(args.against)))
+    if args.against:
+        args.only = [args.against, *(name for name in args.only if name != args.against)]
     try:
         peers = quality_peers.select(args.peers)
     except PowerQuantError as error:
@@ -233,10 +235,10 @@ def make_cache(model, name: str, keys: KeyStatistics | None, seed: int) -> Power
 
 
 def layer_bits(ranges: dict, layers: int) -> dict[int, tuple[int, int]]:
-    """Bits of each layer that a lever names: from and to are layers (negative: from the end) or, fractions, parts of all."""
+    """Bits of each layer that a lever names: from and to are layers (negative: from the end) or, as floats, parts of all."""
     bits = {}
     for (first, last), widths in ranges.items():
-        if isinstance(first, float) or isinstance(last, float) or (first, last) == (0, 1):
+        if isinstance(first, float):
             first, last = round(first * layers), round(last * layers)
         bits |= {i % layers: widths for i in range(first, last)}
     return bits
@@ -278,9 +280,10 @@ def print_line(name: str, rows: list[list[Row]], other: list[list[Row]] | None) 
     ours, exact = quality.perplexity(every)
     held = every[0].held_bytes / every[0].exact_bytes
     beside = ""
-    if other and other is not rows:
+    # a peer without seeds has one row a text
+    if other and other is not rows and len(other[0]) == len(rows[0]):
         pairs = zip(rows, other, strict=True)
-        e = quality.estimate([[a.kl - b.kl for a, b in zip(*pair, strict=False)] for pair in pairs])
+        e = quality.estimate([[a.kl - b.kl for a, b in zip(*pair, strict=True)] for pair in pairs])
         beside = f"{e.mean:+10.4f} +- {e.half_width:.4f}"
     print(
         f"{name:50}{interval('kl'):>19}{interval('top1', 100, 1):>15}{interval('tv'):>17}"

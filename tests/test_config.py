@@ -242,7 +242,7 @@ def test_text_options():
 def test_a_trellis_is_for_two_bits():
     message = refusal({"POWERQUANT_VALUE_CODEC": "trellis", "POWERQUANT_VALUE_BITS": "4"})
     assert message == "POWERQUANT_VALUE_CODEC trellis is for values of 2 bits, but value_bits is 4; leave one out"
-    refusal({"POWERQUANT_PRESET": "quality"}, {"value_codec": "trellis"})
+    assert "value_bits is 4 by the preset quality" in refusal({"POWERQUANT_PRESET": "quality"}, {"value_codec": "trellis"})
     assert PowerQuantConfig.from_sources({"POWERQUANT_PRESET": "quality"}, {"value_codec": "scalar"}).value_bits == 4
 
 

@@ -172,8 +172,9 @@ class PowerQuantConfig:
         _check(values, names)
         explicit = names["value_codec"] != "value_codec"
         if explicit and values["value_codec"] == "trellis" and values["value_bits"] != 2:
+            by = f" by the preset {preset}" if names["value_bits"] == "value_bits" else ""
             raise PowerQuantConfigError(
-                f"{names['value_codec']} trellis is for values of 2 bits, but value_bits is {values['value_bits']}; "
+                f"{names['value_codec']} trellis is for values of 2 bits, but value_bits is {values['value_bits']}{by}; "
                 "leave one out"
             )
         return cls(**values)

@@ -18,7 +18,7 @@ WIDTHS = [
         pytest.param(d, k, v, "scalar", id=f"d{d}-k{k}v{v}")
         for d, k, v in itertools.product(SUPPORTED_HEAD_SIZES, BITS, BITS)
     ),
-    *(pytest.param(d, 4, 2, "trellis", id=f"d{d}-trellis") for d in SUPPORTED_HEAD_SIZES),
+    *(pytest.param(d, k, 2, "trellis", id=f"d{d}-k{k}-trellis") for d in SUPPORTED_HEAD_SIZES for k in (3, 4)),
 ]
 
 

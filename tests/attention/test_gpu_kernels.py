@@ -21,7 +21,7 @@ WIDTHS = [
         pytest.param(d, k, v, "scalar", id=f"d{d}-k{k}v{v}")
         for d, k, v in itertools.product(SUPPORTED_HEAD_SIZES, BITS, BITS)
     ),
-    *(pytest.param(d, 4, 2, "trellis", id=f"d{d}-trellis") for d in SUPPORTED_HEAD_SIZES),
+    *(pytest.param(d, k, 2, "trellis", id=f"d{d}-k{k}-trellis") for d in SUPPORTED_HEAD_SIZES for k in (3, 4)),
 ]
 device = torch.device(DEVICE)
 # Fixed point and fp16 operands leave 1e-4 to 1e-3; fp16 outputs 2e-4, bf16 outputs 2e-3 of their own (4e-3 in Triton's

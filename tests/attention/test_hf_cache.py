@@ -185,3 +185,8 @@ def test_layers_of_other_bits():
     assert formats == [CacheFormat(64, 8, 3), trellis, trellis, CacheFormat(64, 3, 2, "trellis")]
     with pytest.raises(PowerQuantConfigError, match="layer_bits must name layers from -4 to 3, got 4"):
         PowerQuantCache(4, 64, layer_bits={4: (4, 4)})
+    for twice in ({0: (4, 4), -4: (4, 3)}, {3: (4, 4)}):
+        with pytest.raises(PowerQuantConfigError, match="which is protected or named twice"):
+            PowerQuantCache(4, 64, protected_layers=len(twice) % 2, layer_bits=twice)
+    with pytest.raises(PowerQuantConfigError, match="key_bits must be 2, 3, 4 or 8, got 5"):
+        PowerQuantCache(4, 64, layer_bits={0: (5, 2)})

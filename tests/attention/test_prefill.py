@@ -23,7 +23,7 @@ WIDTHS = [
         pytest.param(d, k, v, "scalar", id=f"d{d}-k{k}v{v}")
         for d, k, v in itertools.product(SUPPORTED_HEAD_SIZES, BITS, BITS)
     ),
-    *(pytest.param(d, 4, 2, "trellis", id=f"d{d}-trellis") for d in SUPPORTED_HEAD_SIZES),
+    *(pytest.param(d, k, 2, "trellis", id=f"d{d}-k{k}-trellis") for d in SUPPORTED_HEAD_SIZES for k in (3, 4)),
 ]
 device = torch.device(DEVICE)
 # fp32: products of three TF32 terms. 16 bits: keys, values, weights and outputs are rounded, fp16 2e-4 and bf16 2e-3 each;

@@ -28,7 +28,7 @@ WIDTHS = [
         for d in SUPPORTED_HEAD_SIZES
         for k, v in (EVERY_PAIR if d == 64 else PAIRS)
     ),
-    *(pytest.param(d, 4, 2, "trellis", id=f"d{d}-trellis") for d in SUPPORTED_HEAD_SIZES),
+    *(pytest.param(d, k, 2, "trellis", id=f"d{d}-k{k}-trellis") for d in SUPPORTED_HEAD_SIZES for k in (3, 4)),
 ]
 KERNELS = ["portable"] if DEVICE == "cpu" or torch.version.hip else ["portable", "nvidia-small", "nvidia-large"]
 

@@ -152,7 +152,8 @@ def test_random_batches(seed, device):
 
     head_size, kv_heads, size = HEAD_SIZES[seed % 3], draw(1, 2, 3), draw(8, 16, 32, 64)
     device.multiprocessors, device.reverse_copies = draw(1, 2, 3), draw(False, True)
-    cache_format = CacheFormat(head_size, draw(2, 4, 8) if head_size == 64 else draw(2, 3, 4, 8), draw(2, 3, 4, 8))
+    key_bits, value_bits = draw(2, 4, 8) if head_size == 64 else draw(2, 3, 4, 8), draw(2, 3, 4, 8)
+    cache_format = CacheFormat(head_size, key_bits, value_bits, draw("scalar", "trellis") if value_bits == 2 else "scalar")
     queries = [draw(1, 2, 3, 4), *(draw(0, 1, 2, 3) for _ in range(draw(0, 1, 2, 5)))]
     contexts = [draw(0, 1, *range(900)) if n else 0 for n in queries]
     dtype, group = draw(torch.float16, torch.bfloat16), draw(1, 2, 3, 4, 6, 8, 12)
@@ -177,6 +178,7 @@ def kernel(request, monkeypatch) -> str:
     [
         *((*w, "scalar") for w in [(64, 4, 2), (64, 2, 8), (80, 4, 2), (128, 4, 2), (128, 3, 4), (128, 8, 3), (256, 4, 2)]),
         *((d, 4, 2, "trellis") for d in HEAD_SIZES),
+        (128, 3, 2, "trellis"),
     ],
 )
 def test_stores_of_every_width(head_size, key_bits, value_bits, value_codec, kernel):

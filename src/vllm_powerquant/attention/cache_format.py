@@ -23,7 +23,8 @@ class CacheFormat:
     2-bit values use even levels, which the GPU kernel decodes without a table for 1 % more error; every other width up to
     4 bits uses Lloyd-Max levels, 8 bits a uniform grid. With the trellis codec, 2-bit values are what trellis.py says.
 
-    Raises: PowerQuantConfigError for a codec that does not exist, or a trellis of other than 2-bit values.
+    Raises: PowerQuantConfigError for bits or a codec that do not exist, or a trellis of other than 2-bit values;
+            PowerQuantUnsupportedError for a head size that has no rotation.
     """
 
     head_size: int
@@ -38,6 +39,8 @@ class CacheFormat:
             raise PowerQuantConfigError(
                 f"value_codec {TRELLIS} is for value_bits 2, got value_bits {self.value_bits}; give value_codec {SCALAR}"
             )
+        # refuses other head sizes and bits
+        PageLayout(self.head_size, self.key_bits, self.value_bits)
 
     @classmethod
     def of(cls, config: PowerQuantConfig, head_size: int) -> CacheFormat:

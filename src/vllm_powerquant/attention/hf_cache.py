@@ -227,9 +227,13 @@ class PowerQuantCache(Cache):
         layer_bits: Mapping[int, tuple[int, int]] | None = None,
     ) -> None:
         formats = [CacheFormat(head_size, key_bits, value_bits, value_codec)] * num_layers
+        named = set()
         for i, (key, value) in (layer_bits or {}).items():
             if not -num_layers <= i < num_layers:
                 raise PowerQuantConfigError(f"layer_bits must name layers from {-num_layers} to {num_layers - 1}, got {i}")
+            if i % num_layers in named or not protected_layers <= i % num_layers < num_layers - protected_layers:
+                raise PowerQuantConfigError(f"layer_bits names layer {i}, which is protected or named twice; leave one out")
+            named.add(i % num_layers)
             formats[i] = CacheFormat(head_size, key, value, value_codec if value == 2 else SCALAR)
         signs = None
         if seed:

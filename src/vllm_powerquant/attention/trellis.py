@@ -10,9 +10,9 @@ source the mean squared error is 0.0935, where four even levels have 0.1188. Ker
 logical instructions, since n + 8 = k + 4 (k ^ 3 (p & 1)): of all maps of (s, p) to sixteen even levels whose bits are sums
 modulo 2 this is the best.
 
-Encoding finds the symbols of least squared error exactly: Viterbi's algorithm from each of the four symbols that a ring may
-end with. Coordinates are rounded to eighths of a level's distance first; sums of integers make every implementation find
-the same symbols.
+Encoding finds the symbols of least squared error: Viterbi's algorithm from each of the four symbols that a ring may end
+with. Coordinates are rounded to eighths of a level's distance first and cut off at 16 distances; sums of integers make
+every implementation find the same symbols.
 
 Source: M. W. Marcellin and T. R. Fischer, "Trellis coded quantization", IEEE Trans. Commun. 38 (1990); overlapping windows
 of bits and rings without side information: A. Tseng et al., "QTIP", arXiv:2406.11235.
@@ -48,7 +48,7 @@ def levels(idx: torch.Tensor) -> torch.Tensor:
 def encode(t: torch.Tensor) -> torch.Tensor:
     """Symbols whose levels are nearest to t; of equally good ones the first in the order below.
 
-    Args:    t [..., head_size] fp32, in levels' distances; not finite: as the lower limit
+    Args:    t [..., head_size] fp32, in levels' distances; cut off at -LIMIT, where NaN goes too, and at LIMIT
     Returns: idx [..., head_size] uint8
     """
     n = ring_length(t.shape[-1])

@@ -178,13 +178,13 @@ def _check(cache_format, cache, key, value, slots, key_frame, exact_cache, exact
 def _store_portable(cache_format, cache, key, value, slots, key_frame, exact_cache, exact_slots, num_tokens) -> None:
     head_size, num_kv_heads = cache_format.head_size, key.shape[1]
     # the columns of a byte lie in one lane: eight of each in planes of one bit, which 3 bits have
-    fields = 8 if 3 in (cache_format.key_bits, cache_format.value_bits) else 4
     for is_key, x, frame in ((True, key, key_frame), (False, value, None)):
+        rings = cache_format.is_trellis and not is_key
         # and those of a ring of the trellis
-        group = 16 if cache_format.is_trellis and not is_key else 4
+        group, fields = 16 if rings else 4, 8 if (cache_format.key_bits if is_key else cache_format.value_bits) == 3 else 4
         lanes = head_size // (group * fields) if head_size & (head_size - 1) == 0 else 1
-        # interpreted, a large program costs as much as a small one
-        tokens = 128 // lanes if key.is_cuda else 256
+        # interpreted, a large program costs as much as a small one; rings in one lane are many registers
+        tokens = (32 if rings and lanes == 1 else 128 // lanes) if key.is_cuda else 256
         _store_kernel[(num_kv_heads, triton.cdiv(num_tokens, tokens))](
             x,
             frame,

@@ -2,8 +2,9 @@
 
 In large batches a thread holds a vector, or half of one, in its registers: rows come, and the words of keys go, through
 shared memory, so that a warp's accesses lie side by side, and values are on their way while keys are stored. In small ones
-more lanes share a vector. The usual widths, 4-bit keys and 2-bit values, are quantized and packed in inline PTX, by
-instructions that Triton has no words for (rounding down, saturation, byte permutes, fp16 pairs).
+more lanes share a vector. Rings of the trellis codec are encoded in four lanes each, whatever the batch. The usual widths,
+4-bit keys and 2-bit values, are quantized and packed in inline PTX, by instructions that Triton has no words for (rounding
+down, saturation, byte permutes, fp16 pairs).
 """
 
 from __future__ import annotations
@@ -689,6 +690,7 @@ def launch_shape(cache_format: CacheFormat, large: bool) -> LaunchShape:
     usual = (cache_format.key_bits, cache_format.value_bits) == (4, 2)
     lanes, warps, registers = {64: (1, 1, 96), 128: (2, 4, 96), 256: (2, 1, 168)}[head_size]
     if cache_format.is_trellis:
+        # h stays in registers while rings are encoded; fewer would spill (Triton 3.6)
         registers = {64: 128, 128: 128, 256: 255}[head_size]
     return LaunchShape(warps * 32 // lanes, lanes, 8, True, warps, registers if usual else None)
 

@@ -19,6 +19,7 @@ constexpr int kLanes = 16;
 
 using Vec = float __attribute__((vector_size(64)));
 using IntVec = int32_t __attribute__((vector_size(64)));
+using UnsignedVec = uint32_t __attribute__((vector_size(64)));
 
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 

@@ -47,7 +47,7 @@ void encode_trellis(const Vec* t, int head_size, int ring, IntVec* code, Vec* gr
     Vec least[4][4];
     for (int start = 0; start < 4; ++start)
       for (int symbol = 0; symbol < 4; ++symbol) least[start][symbol] = splat(symbol == start ? 0.0f : kFar);
-    IntVec choices[16];  // of each start and symbol, the symbol before: 2 bits
+    UnsignedVec choices[16];  // of each start and symbol, the symbol before: 2 bits
     for (int i = 0; i < ring; ++i) {
       Vec x = t[first + i];
       x = x > splat(-kLimit) ? x : splat(-kLimit);
@@ -58,7 +58,7 @@ void encode_trellis(const Vec* t, int head_size, int ring, IntVec* code, Vec* gr
         const float l = kUnit * (static_cast<float>(n) - 7.5f);
         error[n] = splat(4.0f * l * l) - splat(8.0f * l) * x;
       }
-      IntVec chosen = {};
+      UnsignedVec chosen = {};
       for (int start = 0; start < 4; ++start) {
         Vec next[4];
         for (int symbol = 0; symbol < 4; ++symbol) {
@@ -68,7 +68,7 @@ void encode_trellis(const Vec* t, int head_size, int ring, IntVec* code, Vec* gr
             best = sum < best ? sum : best;
           }
           const IntVec tag = __builtin_convertvector(best, IntVec) & 3;
-          chosen |= tag << (8 * start + 2 * symbol);
+          chosen |= reinterpret_cast<UnsignedVec>(tag) << (8 * start + 2 * symbol);
           next[symbol] = best - __builtin_convertvector(tag, Vec);
         }
         for (int symbol = 0; symbol < 4; ++symbol) least[start][symbol] = next[symbol];
@@ -85,7 +85,7 @@ void encode_trellis(const Vec* t, int head_size, int ring, IntVec* code, Vec* gr
     IntVec now = start;
     for (int i = ring - 1; i >= 0; --i) {
       code[first + i] = now;
-      now = choices[i] >> (8 * start + 2 * now) & 3;
+      now = reinterpret_cast<IntVec>(choices[i] >> reinterpret_cast<UnsignedVec>(8 * start + 2 * now) & 3u);
     }
     for (int i = 0; i < ring; ++i) {
       const IntVec before = code[first + (i + ring - 1) % ring];
