@@ -57,6 +57,18 @@ CONFIGURATIONS = {
     "K3+QJL/V2, nothing exact": {"key_bits": 3, "qjl_bits": 1, "residual_tokens": 0, "sink_tokens": 0},
 }
 
+# measured where no names are given
+STANDARD = (
+    "K4/V4",
+    "K4/V4, calibrated keys",
+    "K4/V2",
+    "K4/V2, calibrated keys",
+    "K4/V2 trellis, calibrated keys",
+    "K3/V2 trellis, calibrated keys",
+    "K4/V2, no sinks",
+    "K4/V2, nothing exact",
+)
+
 # What each part of the best 3-bit cache gives: alone beside nothing, left out, in another size. Layers: layer_bits.
 _BEST = {"value_codec": "trellis", "calibrated": True}
 _NOTHING = {"residual_tokens": 0, "sink_tokens": 0}
@@ -123,7 +135,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=4, help="rotations")
     parser.add_argument("--split", choices=quality.SPLITS, default="report")
     every = CONFIGURATIONS | LEVERS
-    parser.add_argument("--only", nargs="*", choices=every, metavar="CONFIGURATION", default=list(CONFIGURATIONS))
+    parser.add_argument("--only", nargs="*", choices=every, metavar="CONFIGURATION", default=list(STANDARD))
     parser.add_argument(
         "--levers", action="store_true", help="what each part of the best 3-bit cache gives, instead of --only"
     )
