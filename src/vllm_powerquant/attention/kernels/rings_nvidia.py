@@ -1,4 +1,4 @@
-"""Rings of the trellis codec, encoded inside store_nvidia.py's kernel by four lanes each (Gluon, inline PTX): trellis.encode."""
+"""Rings of the trellis codec, encoded inside store_nvidia.py's kernel by four lanes each: trellis.encode in inline PTX."""
 
 from __future__ import annotations
 
