@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from sparse.reference import forward_layer
 
 CONSTANT = 3.0  # value of the constant coordinates; others are about 1
-CALIBRATION_TOKENS = 64
+CALIBRATION_TOKENS = 128
 SHARD_BYTES = 1 << 30
 
 
@@ -198,13 +198,15 @@ def _generate(
     for layer in range(shape.num_layers):
         q_rows, kv_rows = shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size
         std = n**-0.5
-        down_std = (shape.active_share * shape.intermediate_size) ** -0.5
+        # all layers together add about as much to the residual as the embedding is
+        written = (2 * shape.num_layers) ** -0.5
+        down_std = written * (shape.active_share * shape.intermediate_size) ** -0.5
         weights = {
             "attn_norm.weight": norm(fixed=shape.family == "falcon" and not shape.two_norms),
             "attn_q.weight": random(q_rows, n, std=1.5 * std),
             "attn_k.weight": random(kv_rows, n, std=1.5 * std),
             "attn_v.weight": random(kv_rows, n, std=std),
-            "attn_output.weight": residual(random(n, q_rows, std=0.7 * std), 0),
+            "attn_output.weight": residual(random(n, q_rows, std=written * std), 0),
             "ffn_up.weight": random(shape.intermediate_size, n, std=std),
             "ffn_down.weight": residual(q4_0_exact(n, shape.intermediate_size, down_std, g).to(dtype), 0),
             "ffn_norm.weight": norm(fixed=True),

@@ -5,12 +5,12 @@ Weights carry GGUF's names without `blk.N.`, and the orientation of Hugging Face
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 
 EPS = 1e-5
@@ -100,28 +100,32 @@ def _rotate(x: torch.Tensor, interleaved: bool) -> torch.Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
 
+def _open(path: Path) -> Any:
+    """gguf's reader of a file of either kind: it knows no PWRI, so it is shown a private mapping with the magic replaced."""
+    import gguf
+
+    def memmap(path: Path, mode: str) -> np.memmap:
+        content = original(path, mode=mode)
+        content[:4] = np.frombuffer(b"GGUF", np.uint8)
+        return content
+
+    original = np.memmap
+    with mock.patch.object(np, "memmap", memmap):
+        return gguf.GGUFReader(path, "c")
+
+
 class File:
     """A GGUF or PWRI file: entries, tensors dequantized to fp32, and the logits they give."""
 
     def __init__(self, path: Path) -> None:
-        import gguf
-
-        content = bytearray(path.read_bytes())
-        self.magic = bytes(content[:4])
+        with path.open("rb") as file:
+            self.magic = file.read(4)
         self.sparse = self.magic == b"PWRI"
-        # gguf's reader takes a file's name, and no PWRI
-        content[:4] = b"GGUF"
-        handle, name = tempfile.mkstemp(suffix=".gguf")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            reader = gguf.GGUFReader(name)
-            self.entries = {key: field.contents() for key, field in reader.fields.items()}
-            self.kinds = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
-            self.data = {tensor.name: tensor.data.copy() for tensor in reader.tensors}
-            self.sizes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
-        finally:
-            os.unlink(name)
+        reader = _open(path)
+        self.entries = {key: field.contents() for key, field in reader.fields.items()}
+        self.kinds = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
+        self.data = {tensor.name: tensor.data for tensor in reader.tensors}
+        self.sizes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
         self.family = self.entries["general.architecture"]
         self.activation = self.entries["powerinfer.activation"]
         self.num_heads = self.entry("attention.head_count")
