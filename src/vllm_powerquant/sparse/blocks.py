@@ -30,7 +30,7 @@ def encode(weight: torch.Tensor, kind: GGMLQuantizationType, name: str) -> np.nd
 
     rows = weight if weight.dim() == 2 else weight[None]
     step = max(1, CHUNK // rows.shape[1])
-    parts = []
+    data = None
     for start in range(0, len(rows), step):
         part = rows[start : start + step].to(torch.float32).numpy()
         limit = np.finfo(np.float16).max if kind is GGMLQuantizationType.F16 else np.finfo(np.float32).max
@@ -40,9 +40,10 @@ def encode(weight: torch.Tensor, kind: GGMLQuantizationType, name: str) -> np.nd
                 f"{name} has a value that is no finite {kind.name}; use type f32 or mend the weights"
             )
         packed = quantize_q6_k(part) if kind is GGMLQuantizationType.Q6_K else quants.quantize(part, kind)
-        parts.append(packed)
-    data = np.concatenate(parts) if len(parts) > 1 else parts[0]
-    return np.ascontiguousarray(data if weight.dim() == 2 else data[0])
+        if data is None:
+            data = np.empty((len(rows), packed.shape[1]), packed.dtype)
+        data[start : start + step] = packed
+    return data if weight.dim() == 2 else data[0]
 
 
 def quantize_q6_k(rows: np.ndarray) -> np.ndarray:

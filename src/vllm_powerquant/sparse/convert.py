@@ -29,7 +29,6 @@ SPARSE_MAGIC = b"PWRI"
 DTYPES = ("f16", "q4_0", "f32")
 # general.file_type by dtype
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2}
-# sizes of the output matrix's types beside DTYPES
 OUTPUT_DTYPES = (*DTYPES, "q8_0", "q6_k")
 # found in old checkpoints; computed, not learned
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -83,7 +82,8 @@ def convert(
             else 0. PowerInfer reads it from the file
         dtype: of matrices; vectors are f32, and so small a table as OPT's positions is never below f16
         predictor_dtype: default: dtype
-        output_dtype: of output.weight; default: dtype, but for q4_0 q6_k where hidden_size is a multiple of 256, else q8_0
+        output_dtype: of the output matrix (output.weight), also q8_0 or q6_k; default: dtype, but for q4_0 q6_k where
+            hidden_size is a multiple of 256, else q8_0
         family: "bamboo" for Bamboo's weights under another class's name
 
     Raises:
@@ -135,8 +135,7 @@ def convert(
             for part, shape in shapes.items():
                 load = lambda layer=layer, part=part: predictors.load(layer)[part]  # noqa: E731
                 tensors.append(_Tensor(f"blk.{layer}.{part}.weight", shape, name, load))
-        if threshold is None:
-            threshold = predictors.threshold
+        threshold = _checked_threshold(predictors.threshold if threshold is None else threshold)
     for tensor in tensors:
         tensor.check()
     if sparse and model.intermediate_size % 32:
@@ -148,7 +147,7 @@ def convert(
 
     entries = {"general.name": folder.resolve().name, "general.file_type": FILE_TYPES[dtype], **model.metadata()}
     if sparse:
-        entries["powerinfer.sparse_threshold"] = float(threshold)
+        entries["powerinfer.sparse_threshold"] = threshold
     _write(output, model, entries, vocabulary, tensors, SPARSE_MAGIC if sparse else None, progress)
     return Converted(
         output=str(output),
@@ -177,6 +176,13 @@ def _check_dtypes(dtype: str, predictor_dtype: str | None, output_dtype: str | N
     ):
         if value not in allowed:
             raise PowerQuantConfigError(f"{name} must be one of {', '.join(filter(None, allowed))}, got {value!r}")
+
+
+def _checked_threshold(value: float) -> float:
+    """An infinite one is fine: every neuron is computed, or none."""
+    if type(value) not in (int, float) or value != value:
+        raise PowerQuantConfigError(f"threshold must be a number, got {value!r}")
+    return float(value)
 
 
 def _require_packages() -> None:
@@ -290,7 +296,10 @@ class _Checkpoint:
         self.config = _read_json_object(folder / "config.json")
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            names = sorted(set(_read_json_object(index).get("weight_map", {}).values()))
+            shards = _read_json_object(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+                raise PowerQuantConfigError(f"{index} must name a file for each tensor in weight_map")
+            names = sorted(set(shards.values()))
         else:
             names = [path.name for path in sorted(folder.glob("*.safetensors"))]
         if not names:
@@ -349,7 +358,7 @@ class _Predictors:
         self.paths = [self._path(layer) for layer in range(model.num_layers)]
         self.ranks = [self._check(layer) for layer in range(model.num_layers)]
         config = folder / "config.json"
-        self.threshold = float(_read_json_object(config).get("sparse_threshold", 0.0)) if config.is_file() else 0.0
+        self.threshold = _read_json_object(config).get("sparse_threshold", 0.0) if config.is_file() else 0.0
 
     def _path(self, layer: int) -> Path:
         for suffix in (".safetensors", ".pt"):
@@ -363,7 +372,7 @@ class _Predictors:
     def _check(self, layer: int) -> int:
         parts, path = self.load(layer), self.paths[layer]
         fc1, fc2 = parts["fc1"], parts["fc2"]
-        if fc1.dim() != 2 or fc1.shape[1] != self.model.hidden_size:
+        if fc1.dim() != 2 or fc1.shape[0] == 0 or fc1.shape[1] != self.model.hidden_size:
             raise PowerQuantConfigError(
                 f"fc1.weight of {path} must be [rank, {self.model.hidden_size}], got {list(fc1.shape)}"
             )

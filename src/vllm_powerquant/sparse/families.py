@@ -61,13 +61,13 @@ class Model:
             f"{prefix}.feed_forward_length": self.intermediate_size,
             f"{prefix}.attention.head_count": self.num_heads,
             f"{prefix}.attention.head_count_kv": self.num_kv_heads,
-            f"{prefix}.attention.{norm}": float(self.norm_eps),
+            f"{prefix}.attention.{norm}": self.norm_eps,
             f"{prefix}.vocab_size": self.vocab_size,
             "powerinfer.activation": self.activation,
         }
         if self.rope_theta is not None:
             entries[f"{prefix}.rope.dimension_count"] = self.head_size
-            entries[f"{prefix}.rope.freq_base"] = float(self.rope_theta)
+            entries[f"{prefix}.rope.freq_base"] = self.rope_theta
         if self.head_size * self.num_heads != self.hidden_size:
             entries[f"{prefix}.attention.key_length"] = self.head_size
             entries[f"{prefix}.attention.value_length"] = self.head_size
@@ -113,6 +113,14 @@ def read_config(config: dict[str, Any], family: str | None = None) -> Model:
         model = reader(config, family or known)
     except KeyError as error:
         raise PowerQuantConfigError(f"config.json lacks {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise PowerQuantConfigError(f"config.json has an entry of the wrong kind: {error}") from error
+    if model.rope_theta is not None and model.head_size % 2:
+        raise PowerQuantConfigError(f"no rotary embedding of heads of odd size, got {model.head_size}")
+    if model.head_size * model.num_heads != model.hidden_size and model.family in ("falcon", "opt"):
+        raise PowerQuantConfigError(
+            f"hidden_size must be a multiple of num_attention_heads, got {model.hidden_size} and {model.num_heads}"
+        )
     if model.num_heads % model.num_kv_heads:
         raise PowerQuantConfigError(
             f"num_attention_heads must be a multiple of num_key_value_heads, got {model.num_heads} and {model.num_kv_heads}"
@@ -122,21 +130,21 @@ def read_config(config: dict[str, Any], family: str | None = None) -> Model:
 
 def _llama(config: dict[str, Any], family: str) -> Model:
     _refuse(config, "attention_bias", "mlp_bias", "quantization_config")
-    heads = config["num_attention_heads"]
-    context = config["max_position_embeddings"]
+    heads, hidden_size = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+    context = _size(config, "max_position_embeddings")
     return Model(
         family=family,
         activation=_activation(config.get("hidden_act", "relu" if family == "bamboo" else "silu"), "hidden_act"),
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_layers=config["num_hidden_layers"],
+        hidden_size=hidden_size,
+        intermediate_size=_size(config, "intermediate_size"),
+        num_layers=_size(config, "num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_size=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab_size=config["vocab_size"],
+        num_kv_heads=_size(config, "num_key_value_heads", heads),
+        head_size=_size(config, "head_dim", hidden_size // heads),
+        vocab_size=_size(config, "vocab_size"),
         # attention to everything is the same as a sliding window until the window is full
-        context_length=min(context, config.get("sliding_window") or context),
-        norm_eps=config["rms_norm_eps"],
+        context_length=min(context, _size(config, "sliding_window", context)),
+        norm_eps=_number("rms_norm_eps", config["rms_norm_eps"]),
         rope_theta=_rope_theta(config),
         tied=config.get("tie_word_embeddings", False),
     )
@@ -146,20 +154,21 @@ def _falcon(config: dict[str, Any], family: str) -> Model:
     _refuse(config, "bias", "alibi", "quantization_config")
     if not config.get("parallel_attn", True):
         raise PowerQuantUnsupportedError("no falcon with parallel_attn = False: its feed-forward reads another residual")
-    heads, new = config["num_attention_heads"], config.get("new_decoder_architecture", False)
-    kv_heads = config.get("num_kv_heads") or heads
+    new = config.get("new_decoder_architecture", False)
+    heads, hidden_size = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+    kv_heads = _size(config, "num_kv_heads", heads)
     return Model(
         family=family,
         activation=_activation(config.get("activation", "gelu"), "activation"),
-        hidden_size=config["hidden_size"],
-        intermediate_size=config.get("ffn_hidden_size") or 4 * config["hidden_size"],
-        num_layers=config["num_hidden_layers"],
+        hidden_size=hidden_size,
+        intermediate_size=_size(config, "ffn_hidden_size", 4 * hidden_size),
+        num_layers=_size(config, "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=kv_heads if new or not config.get("multi_query", True) else 1,
-        head_size=config["hidden_size"] // heads,
-        vocab_size=config["vocab_size"],
-        context_length=config.get("max_position_embeddings", 2048),
-        norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        head_size=hidden_size // heads,
+        vocab_size=_size(config, "vocab_size"),
+        context_length=_size(config, "max_position_embeddings", 2048),
+        norm_eps=_number("layer_norm_epsilon", config.get("layer_norm_epsilon", 1e-5)),
         rope_theta=_rope_theta(config),
         tied=config.get("tie_word_embeddings", True),
         two_norms=new and config.get("num_ln_in_parallel_attn") in (None, 2),
@@ -171,7 +180,7 @@ def _opt(config: dict[str, Any], family: str) -> Model:
     for name in ("do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings"):
         if not config.get(name, True):
             raise PowerQuantUnsupportedError(f"no opt with {name} = False; the format has no place for it")
-    hidden_size, heads = config["hidden_size"], config["num_attention_heads"]
+    heads, hidden_size = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     if config.get("word_embed_proj_dim", hidden_size) != hidden_size:
         raise PowerQuantUnsupportedError(
             f"no opt with word_embed_proj_dim = {config['word_embed_proj_dim']}, other than hidden_size = {hidden_size}"
@@ -180,17 +189,35 @@ def _opt(config: dict[str, Any], family: str) -> Model:
         family=family,
         activation=_activation(config.get("activation_function", "relu"), "activation_function"),
         hidden_size=hidden_size,
-        intermediate_size=config["ffn_dim"],
-        num_layers=config["num_hidden_layers"],
+        intermediate_size=_size(config, "ffn_dim"),
+        num_layers=_size(config, "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=heads,
         head_size=hidden_size // heads,
-        vocab_size=config["vocab_size"],
-        context_length=config["max_position_embeddings"],
+        vocab_size=_size(config, "vocab_size"),
+        context_length=_size(config, "max_position_embeddings"),
         norm_eps=OPT_NORM_EPS,
         rope_theta=None,
         tied=True,
     )
+
+
+def _size(config: dict[str, Any], name: str, default: int | None = None) -> int:
+    """An entry that counts something; `default` where it is missing or null."""
+    value = config.get(name)
+    if value is None:
+        if default is None:
+            raise KeyError(name)
+        return default
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise PowerQuantConfigError(f"{name} in config.json must be a positive integer, got {value!r}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float):
+        raise PowerQuantConfigError(f"{name} in config.json must be a number, got {value!r}")
+    return float(value)
 
 
 def _activation(name: str, entry: str) -> str:
@@ -211,7 +238,7 @@ def _rope_theta(config: dict[str, Any]) -> float:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise PowerQuantUnsupportedError(f"no rotary embedding of type {kind!r}, only the unscaled 'default'")
-    return rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    return _number("rope_theta", rope.get("rope_theta", config.get("rope_theta", 10000.0)))
 
 
 def weights(model: Model, sparse: bool, with_output: bool) -> list[Weight]:

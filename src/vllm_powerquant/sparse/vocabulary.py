@@ -1,4 +1,7 @@
-"""A checkpoint's tokenizer as GGUF's tokenizer entries: byte-level BPE (`gpt2`) or SentencePiece BPE (`llama`)."""
+"""A checkpoint's tokenizer as GGUF's tokenizer entries: byte-level BPE (`gpt2`) or SentencePiece BPE (`llama`).
+
+GGUF has no place for what an added token does to the space beside it (lstrip, rstrip, single_word), nor for NFC.
+"""
 
 from __future__ import annotations
 
@@ -78,11 +81,19 @@ def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
     Raises: PowerQuantConfigError if there is no tokenizer or its files contradict each other;
         PowerQuantUnsupportedError for a kind other than byte-level BPE and SentencePiece's BPE
     """
+    try:
+        return _read(folder, config)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__} {error}"
+        raise PowerQuantConfigError(f"the tokenizer in {folder} is malformed: {reason}") from error
+
+
+def _read(folder: Path, config: dict[str, Any]) -> Vocabulary:
     options = _read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.model").is_file():
         vocabulary = _sentencepiece(folder, options)
     elif (folder / "tokenizer.json").is_file():
-        vocabulary = _tokenizer_json(_read_json(folder / "tokenizer.json"), options)
+        vocabulary = _tokenizer_json(_read_json(folder / "tokenizer.json"))
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         vocabulary = _vocab_and_merges(folder, options)
     else:
@@ -109,13 +120,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _tokenizer_json(tokenizer: dict[str, Any], options: dict[str, Any]) -> Vocabulary:
+def _tokenizer_json(tokenizer: dict[str, Any]) -> Vocabulary:
     model = tokenizer.get("model", {})
     pre = _splitter(tokenizer.get("pre_tokenizer"))
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise PowerQuantUnsupportedError(
             f"no tokenizer.json of type {model.get('type')!r}{' with byte_fallback' if model.get('byte_fallback') else ''}; "
             "only byte-level BPE is read from it: for SentencePiece put tokenizer.model into the folder"
+        )
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise PowerQuantUnsupportedError(f"no tokenizer.json with {name} = {model[name]!r}: the format's BPE has none")
+    # readers know from the name llama-bpe alone that a word that is a token needs no merges
+    if pre is not None and bool(model.get("ignore_merges")) != (pre == "llama-bpe"):
+        raise PowerQuantUnsupportedError(
+            f"no tokenizer.json of kind {pre} with ignore_merges = {model.get('ignore_merges')}"
         )
     normalizer = (tokenizer.get("normalizer") or {}).get("type", "none")
     # NFC, which qwen2 asks for, changes no text that is composed already, as nearly all is
