@@ -4,7 +4,7 @@
 
 FOLDER/SHAPE gets sparse-TYPE.gguf and dense-TYPE.gguf; what is there already is kept, so both types of a shape share one
 checkpoint. Prints one JSON line with the files, their sizes and the share of neurons that a few random tokens activate.
-m1 takes 20 seconds and 2 GB, m2 two minutes and 12 GB with both types, on one core.
+m1 takes 25 seconds and 2.2 GB with both types on one core, m2 100 seconds and 9.4 GB.
 """
 
 from __future__ import annotations

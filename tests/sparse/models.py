@@ -13,8 +13,11 @@ positive number:
     (token and position embeddings, attention's and the feed-forward's outputs), whose mean is zero.
   - opt's bias of the up projection is never positive: it may only switch off a neuron that was predicted.
 S is aligned to 32, so C has the same Q4_0 blocks in both places, I and zeros are exact in Q4_0, and a negated block is an
-exactly negated block: all this holds for the quantized numbers too. What is left is the rounding of activations: a neuron
-can be missed only if its value is within that rounding of zero, and then it would have added no more than the rounding.
+exactly negated block: all this holds for the quantized numbers too. What is left is the rounding of activations, which
+the two ways of computing a neuron's sign undergo at different places: a neuron may be missed if its value is within that
+rounding of zero. With activations in f32 that adds less than 1e-6 to the logits' error. Where activations are rounded to Q8_0, as
+engines do for Q4_0, it adds up to 1e-2, no more than Q8_0 itself does; a `margin` of 0.1 (a threshold of -0.1; 1 % more
+active neurons) makes sparse equal dense there too.
 The down projection is one that Q4_0 stores without loss in both directions (`q4_0_exact`), so that in each type the PWRI
 and the GGUF hold the same numbers.
 
@@ -122,10 +125,17 @@ SHAPES = {
 
 
 def write_checkpoint(
-    shape: Shape, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16, predictor_suffix: str = ".pt"
+    shape: Shape,
+    folder: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float16,
+    margin: float = 0.0,
+    predictor_suffix: str = ".pt",
 ) -> Path:
     """A checkpoint that transformers loads (bamboo has no class there), and predictors in its folder `predictor`.
 
+    Args:    margin: the predictors' threshold is -margin; values are about 1.5 in size
     Returns: folder
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +160,7 @@ def write_checkpoint(
     else:
         save_file(shard, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(_config(shape), indent=2))
-    (predictors / "config.json").write_text(json.dumps({"sparse_threshold": 0.0}))
+    (predictors / "config.json").write_text(json.dumps({"sparse_threshold": 0.0 - margin}))
     _write_tokenizer(shape, folder)
     return folder
 

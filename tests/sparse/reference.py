@@ -24,6 +24,7 @@ def forward_layer(
     before_ffn: Callable[[torch.Tensor], None] | None = None,
     interleaved: bool = False,
     sparse_threshold: float | None = None,
+    q8: bool = False,
     active: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """One layer over a sequence from position 0.
@@ -33,36 +34,44 @@ def forward_layer(
              hidden [tokens, hidden_size] fp32, the residual
              interleaved: rotary pairs lie side by side (llama and bamboo files), else half a head apart
              sparse_threshold: skip the neurons that fc1, fc2 predict to be below it; None computes all
+             q8: inputs of matrices in blocks of Q8_0, as engines multiply with Q4_0
              active collects the neurons computed (or, where all are, those not zero): [tokens, intermediate_size] bool
     Returns: the residual after it
     """
     family = shape.family
     normed = _norm(shape, hidden, weights, "attn_norm")
-    attention = _attention(shape, normed, weights, interleaved)
+    attention = _attention(shape, normed, weights, interleaved, q8)
     predictor_input = hidden if family == "falcon" else hidden + attention
     if before_ffn is not None:
         before_ffn(predictor_input)
     normed = _norm(shape, predictor_input, weights, "ffn_norm")
     act = {"relu": torch.relu, "silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}[shape.activation]
-    up = _linear(normed, weights, "ffn_up")
+    up = _linear(normed, weights, "ffn_up", q8)
     if family in ("llama", "bamboo"):
-        gate = _linear(normed, weights, "ffn_gate")
+        gate = _linear(normed, weights, "ffn_gate", q8)
         product = act(gate) * (act(up) if family == "bamboo" else up)
     else:
         gate, product = up, act(up)
     computed = gate > 0
     if sparse_threshold is not None:
-        predicted = torch.relu(predictor_input @ weights["fc1.weight"].T) @ weights["fc2.weight"].T
+        predicted = _linear(torch.relu(_linear(predictor_input, weights, "fc1", q8)), weights, "fc2", q8)
         computed = predicted >= sparse_threshold
         product = torch.where(computed, product, 0)
     if active is not None:
         active.append(computed)
-    down = _linear(product, weights, "ffn_down")
+    down = _linear(product, weights, "ffn_down", q8)
     return hidden + attention + down
 
 
-def _linear(x: torch.Tensor, weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+def _linear(x: torch.Tensor, weights: dict[str, torch.Tensor], name: str, q8: bool) -> torch.Tensor:
+    x = _through_q8_0(x) if q8 else x
     return torch.nn.functional.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+
+def _through_q8_0(x: torch.Tensor) -> torch.Tensor:
+    blocks = x.unflatten(-1, (-1, 32))
+    scale = (blocks.abs().amax(-1, keepdim=True) / 127).half().float()
+    return (torch.where(scale > 0, (blocks / scale).round(), 0) * scale).flatten(-2)
 
 
 def _norm(shape: Any, x: torch.Tensor, weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -72,11 +81,11 @@ def _norm(shape: Any, x: torch.Tensor, weights: dict[str, torch.Tensor], name: s
     return torch.nn.functional.layer_norm(x, weight.shape, weight, weights[f"{name}.bias"], EPS)
 
 
-def _attention(shape: Any, x: torch.Tensor, weights: dict[str, torch.Tensor], interleaved: bool) -> torch.Tensor:
+def _attention(shape: Any, x: torch.Tensor, weights: dict[str, torch.Tensor], interleaved: bool, q8: bool) -> torch.Tensor:
     tokens = len(x)
-    q = _linear(x, weights, "attn_q").view(tokens, shape.num_heads, -1)
-    k = _linear(x, weights, "attn_k").view(tokens, shape.num_kv_heads, -1)
-    v = _linear(x, weights, "attn_v").view(tokens, shape.num_kv_heads, -1)
+    q = _linear(x, weights, "attn_q", q8).view(tokens, shape.num_heads, -1)
+    k = _linear(x, weights, "attn_k", q8).view(tokens, shape.num_kv_heads, -1)
+    v = _linear(x, weights, "attn_v", q8).view(tokens, shape.num_kv_heads, -1)
     if shape.family != "opt":
         q, k = _rotate(q, interleaved), _rotate(k, interleaved)
     group = shape.num_heads // shape.num_kv_heads
@@ -84,7 +93,7 @@ def _attention(shape: Any, x: torch.Tensor, weights: dict[str, torch.Tensor], in
     out = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), is_causal=True
     )
-    return _linear(out.transpose(0, 1).reshape(tokens, -1), weights, "attn_output")
+    return _linear(out.transpose(0, 1).reshape(tokens, -1), weights, "attn_output", q8)
 
 
 def _rotate(x: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -161,7 +170,7 @@ class File:
         return weights
 
     @torch.no_grad()
-    def logits(self, ids: list[int], sparse: bool | None = None) -> tuple[torch.Tensor, float]:
+    def logits(self, ids: list[int], sparse: bool | None = None, q8: bool = False) -> tuple[torch.Tensor, float]:
         """([tokens, vocab_size] fp32, share of neurons computed); sparse False computes a sparse file's every neuron."""
         sparse = self.sparse if sparse is None else sparse
         hidden = self.tensor("token_embd.weight")[ids]
@@ -175,6 +184,7 @@ class File:
                 hidden,
                 interleaved=self.family in ("llama", "bamboo"),
                 sparse_threshold=self.entries["powerinfer.sparse_threshold"] if sparse else None,
+                q8=q8,
                 active=active,
             )
         top = {name: self.tensor(name) for name in self.data if name.startswith("output_norm")}

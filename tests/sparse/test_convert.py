@@ -206,6 +206,19 @@ def test_sparse_is_dense(name, dtype, file):
     assert positive <= share + 1e-4 and share - positive < (0.02 if name == "tiny-opt" else 4e-3)
 
 
+@pytest.mark.parametrize("name", [*TINY, "small"])
+def test_sparse_is_dense_with_rounded_activations(name, tmp_path):
+    """Q8_0 inputs may hide a neuron near zero; a margin of 0.1 is beyond their error."""
+    folder = write_checkpoint(SHAPES[name], tmp_path / "m", margin=0.1)
+    convert(folder, tmp_path / "m.gguf", dtype="q4_0", predictor=folder / "predictor", progress=False)
+    got = File(tmp_path / "m.gguf")
+    sparse, share = got.logits(IDS, q8=True)
+    dense, positive = got.logits(IDS, sparse=False, q8=True)
+    assert relative_error(sparse, dense) < 1e-6
+    assert positive < share < positive + 0.03
+    assert relative_error(dense, got.logits(IDS, sparse=False)[0]) < 0.02
+
+
 def test_a_neuron_left_out_would_show(file):
     """Against a model in which the feed-forward hardly matters, where sparse would be dense whatever is skipped."""
     sparse = file("tiny")
@@ -584,7 +597,7 @@ CASES = {
     "no-weights": (lambda f: (f / "model.safetensors").unlink(), "no .*safetensors; weights in pytorch_model.bin"),
     "damaged": (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 64), "model.safetensors can't be read"),
     "no-tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
-    "tokenizer-json": (lambda f: (f / "tokenizer.json").write_text("?"), "tokenizer.json is no JSON file"),
+    "tokenizer-json": (lambda f: (f / "tokenizer.json").write_text("?"), "tokenizer.json can't be read as JSON"),
     "tokenizer-kind": (lambda f: edit(f / "tokenizer.json", model={"type": "WordPiece"}), "'WordPiece'; only byte-level"),
     "tokenizer-entry": (
         lambda f: edit(f / "tokenizer.json", model={"type": "BPE", "vocab": {}}),
@@ -712,6 +725,16 @@ def test_command(checkpoint, tmp_path, capsys):
     assert File(output).magic == b"GGUF"
     assert main(["convert", folder, "-o", str(tmp_path / "nowhere" / "m.gguf")]) == 1
     assert "nowhere/m.gguf: give a file in an existing folder" in capsys.readouterr().err
+
+
+def test_the_benchmarks_models(tmp_path):
+    script = Path(__file__).parents[2] / "benchmarks" / "make_sparse_model.py"
+    command = [sys.executable, script, "--shape", "tiny", "--type", "f16", "q4_0", "-o", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    names = {"sparse-f16.gguf", "dense-f16.gguf", "sparse-q4_0.gguf", "dense-q4_0.gguf"}
+    assert report["files"] == {name: (tmp_path / "tiny" / name).stat().st_size for name in names}
+    assert 0.06 < report["active_share_f16"] < 0.15
 
 
 def test_sparse_imports_errors_and_config_alone():

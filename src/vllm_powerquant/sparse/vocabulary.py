@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PowerQuantConfigError, PowerQuantError, PowerQuantUnsupportedError
+from .checkpoint import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -109,15 +110,8 @@ def _read(folder: Path, config: dict[str, Any]) -> Vocabulary:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PowerQuantConfigError(f"{path} is no JSON file: {error}") from error
-    if not isinstance(value, dict):
-        raise PowerQuantConfigError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
+    """Empty where there is no such file."""
+    return read_json(path) if path.is_file() else {}
 
 
 def _tokenizer_json(tokenizer: dict[str, Any]) -> Vocabulary:
