@@ -15,8 +15,8 @@ positive number:
 S is aligned to 32, so C has the same Q4_0 blocks in both places, I and zeros are exact in Q4_0, and a negated block is an
 exactly negated block: all this holds for the quantized numbers too. What is left is the rounding of activations, which
 the two ways of computing a neuron's sign undergo at different places: a neuron may be missed if its value is within that
-rounding of zero. With activations in f32 that adds less than 1e-6 to the logits' error. Where activations are rounded to Q8_0, as
-engines do for Q4_0, it adds up to 1e-2, no more than Q8_0 itself does; a `margin` of 0.1 (a threshold of -0.1; 1 % more
+rounding of zero. With activations in f32 that adds less than 1e-6 to the logits' error. Where they are rounded to Q8_0,
+as engines do for Q4_0, it adds up to 1e-2, no more than Q8_0 itself does; a `margin` of 0.1 (a threshold of -0.1; 1 % more
 active neurons) makes sparse equal dense there too.
 The down projection is one that Q4_0 stores without loss in both directions (`q4_0_exact`), so that in each type the PWRI
 and the GGUF hold the same numbers.
