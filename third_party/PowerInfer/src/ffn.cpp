@@ -1,0 +1,253 @@
+#include "ffn.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace powerinfer {
+
+namespace {
+
+constexpr int kDenseNeurons = 32;  // neurons of one piece of work over prompt tokens
+constexpr int kPanelRows = 128;    // neurons whose down rows are expanded at a time
+constexpr int kListChunk = 32;     // active neurons of one piece of work for one token
+constexpr int kRangeNeurons = 64;  // neurons of one piece of work for several tokens
+
+void add_bias(float* x, const float* bias, int n) {
+  if (!bias) return;
+  for (int i = 0; i < n; ++i) x[i] += bias[i];
+}
+
+void activate(const Kernels& kernels, Activation activation, float* x, int n) {
+  if (activation == Activation::kRelu) {
+    kernels.relu(x, n);
+  } else {
+    kernels.gelu(x, n);
+  }
+}
+
+}  // namespace
+
+void DenseFfn::run(const FfnInput& input, FfnBuffers& buffers) {
+  const int n = input.tokens;
+  const auto ffn = static_cast<size_t>(a.ffn);
+  const Operand operand =
+      compute.prepare(input.normed, a.width, n, up.quantized() || gate.quantized(), buffers.activations.data());
+  float* g = buffers.gate.data();
+  float* u = buffers.up.data();
+  if (a.gated) {
+    compute.multiply({{&gate, g, ffn}, {&up, u, ffn}}, operand, n);
+  } else {
+    compute.multiply({{&up, u, ffn}}, operand, n);
+  }
+  compute.each_token(n, [&](int t) {
+    float* gt = g + t * ffn;
+    float* ut = u + t * ffn;
+    add_bias(ut, up_bias, a.ffn);
+    if (!a.gated) {
+      activate(compute.kernels, a.activation, ut, a.ffn);
+    } else if (a.activation == Activation::kSilu) {
+      compute.kernels.silu_mul(gt, ut, a.ffn, ut);
+    } else {
+      compute.kernels.relu_mul(gt, ut, a.ffn, a.relu_up, ut);
+    }
+  });
+  const Operand hidden = compute.prepare(u, a.ffn, n, down.quantized(), buffers.more_activations.data());
+  float* out = buffers.out.data();
+  compute.multiply({{&down, out, static_cast<size_t>(a.width)}}, hidden, n, [&](size_t, int first, int count) {
+    for (int t = 0; t < n; ++t) {
+      float* y = out + static_cast<size_t>(t) * a.width + first;
+      if (down_bias) add_bias(y, down_bias + first, count);
+      compute.kernels.add(input.residual + static_cast<size_t>(t) * a.width + first, y, count);
+    }
+  });
+}
+
+void SparseFfn::run(const FfnInput& input, FfnBuffers& buffers) {
+  const bool quantized = bundles.layout.type == TensorType::kQ4_0;
+  const Operand operand = compute.prepare(input.normed, a.width, input.tokens, quantized, buffers.activations.data());
+  if (input.dense_tokens) run_dense(input, operand, input.dense_tokens, buffers);
+  if (input.dense_tokens < input.tokens) {
+    run_sparse(input, operand, input.dense_tokens, input.tokens - input.dense_tokens, buffers);
+  }
+}
+
+// Every neuron, many tokens: products row by row, then the down rows as one more product.
+void SparseFfn::run_dense(const FfnInput& input, const Operand& operand, int n, FfnBuffers& buffers) {
+  const BundleLayout& layout = bundles.layout;
+  const Kernels& kernels = compute.kernels;
+  const auto ffn = static_cast<size_t>(a.ffn);
+  float* g = buffers.gate.data();
+  float* h = buffers.up.data();
+  const auto product = [&](size_t part, size_t scales, int first, int count, float* y) {
+    const uint8_t* data = bundles.neuron(first) + part;
+    if (layout.type == TensorType::kQ4_0) {
+      kernels.lanes_q4_0(data, layout.bytes, scales, count, operand.layout, operand.activations, n, y + first, ffn);
+    } else {
+      const auto rows = layout.type == TensorType::kF16 ? kernels.rows_f16 : kernels.rows_f32;
+      rows(data, layout.bytes, count, a.width, operand.x, a.width, n, y + first, ffn);
+    }
+  };
+  compute.pool.run((a.ffn + kDenseNeurons - 1) / kDenseNeurons, [&](int chunk, int) {
+    const int first = chunk * kDenseNeurons, count = std::min(kDenseNeurons, a.ffn - first);
+    product(layout.up, layout.up_scales, first, count, h);
+    if (a.gated) product(layout.gate, layout.gate_scales, first, count, g);
+    for (int t = 0; t < n; ++t) {
+      float* ht = h + t * ffn + first;
+      if (a.gated) {
+        kernels.relu_mul(g + t * ffn + first, ht, count, a.relu_up, ht);
+      } else {
+        if (up_bias) add_bias(ht, up_bias + first, count);
+        kernels.relu(ht, count);
+      }
+    }
+  });
+  const auto panel_of = layout.type == TensorType::kQ4_0  ? kernels.panel_q4_0
+                        : layout.type == TensorType::kF16 ? kernels.panel_f16
+                                                          : kernels.panel_f32;
+  float* out = buffers.out.data();
+  std::fill_n(out, static_cast<size_t>(n) * a.width, 0.0f);
+  compute.pool.run((a.width + kPanelColumns - 1) / kPanelColumns, [&](int chunk, int) {
+    alignas(64) float panel[kPanelRows * kPanelColumns];
+    const int column = chunk * kPanelColumns, columns = std::min(kPanelColumns, a.width - column);
+    for (int first = 0; first < a.ffn; first += kPanelRows) {
+      const int rows = std::min(kPanelRows, a.ffn - first);
+      panel_of(bundles.neuron(first) + layout.down, layout.bytes, layout.down_scales, rows, column, columns, panel);
+      kernels.columns(panel, rows, columns, h + first, ffn, n, out + column, a.width);
+    }
+    finish(out, a.width, column, columns, n, input.residual);
+  });
+}
+
+void SparseFfn::finish(const float* out, size_t stride, int first_column, int columns, int n, float* residual) const {
+  for (int t = 0; t < n; ++t) {
+    float* x = residual + static_cast<size_t>(t) * a.width + first_column;
+    if (down_bias) add_bias(x, down_bias + first_column, columns);
+    compute.kernels.add(x, out + t * stride + first_column, columns);
+  }
+}
+
+// Which neurons are active for each token.
+void SparseFfn::predict(const FfnInput& input, int first, int n, FfnBuffers& buffers) {
+  const auto rank = static_cast<size_t>(fc1.rows), ffn = static_cast<size_t>(a.ffn);
+  float* hidden = buffers.predictor.data();
+  float* scores = buffers.gate.data();
+  const Operand x = compute.prepare(input.predictor + static_cast<size_t>(first) * a.width, a.width, n, fc1.quantized(),
+                                    buffers.more_activations.data());
+  compute.multiply({{&fc1, hidden, rank}}, x, n, [&](size_t, int row, int rows) {
+    for (int t = 0; t < n; ++t) compute.kernels.relu(hidden + t * rank + row, rows);
+  });
+  const Operand y = compute.prepare(hidden, fc1.rows, n, fc2.quantized(), buffers.more_activations.data());
+  compute.multiply({{&fc2, scores, ffn}}, y, n);
+  if (tokens_.size() < static_cast<size_t>(n)) tokens_.resize(n);
+  compute.each_token(n, [&](int t) {
+    TokenNeurons& token = tokens_[t];
+    token.ids.resize(ffn + 16);
+    token.ids.resize(compute.kernels.compact(scores + t * ffn, a.ffn, a.threshold, token.ids.data()));
+    token.h.resize(token.ids.size());
+  });
+}
+
+// h of `count` active neurons of one token.
+void SparseFfn::neurons(const Operand& operand, int token, const int32_t* ids, int count, float* h) const {
+  const BundleLayout& layout = bundles.layout;
+  const Kernels& kernels = compute.kernels;
+  const Operand x = operand.from(token);
+  const uint8_t* rows[kRangeNeurons];
+  for (int i = 0; i < count; ++i) rows[i] = bundles.neuron(ids[i]) + layout.gate;
+  if (a.gated) {
+    if (layout.type == TensorType::kQ4_0) {
+      kernels.gated_q4_0(rows, count, layout.up, layout.gate_scales, layout.up_scales, x.layout, x.activations, a.relu_up,
+                         h);
+    } else {
+      const auto gated = layout.type == TensorType::kF16 ? kernels.gated_f16 : kernels.gated_f32;
+      gated(rows, count, layout.up, a.width, x.x, a.relu_up, h);
+    }
+    return;
+  }
+  if (layout.type == TensorType::kQ4_0) {
+    kernels.gather_q4_0(rows, count, layout.up_scales, x.layout, x.activations, h);
+  } else {
+    const auto gather = layout.type == TensorType::kF16 ? kernels.gather_f16 : kernels.gather_f32;
+    gather(rows, count, a.width, x.x, h);
+  }
+  for (int i = 0; up_bias && i < count; ++i) h[i] += up_bias[ids[i]];
+  kernels.relu(h, count);
+}
+
+void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, int first, int n, FfnBuffers& buffers) {
+  const BundleLayout& layout = bundles.layout;
+  const Kernels& kernels = compute.kernels;
+  predict(input, first, n, buffers);
+  if (n == 1) {
+    TokenNeurons& token = tokens_[0];
+    const auto count = static_cast<int>(token.ids.size());
+    compute.pool.run((count + kListChunk - 1) / kListChunk, [&](int chunk, int) {
+      const int from = chunk * kListChunk;
+      neurons(operand, first, token.ids.data() + from, std::min(kListChunk, count - from), token.h.data() + from);
+    });
+  } else {
+    // by ranges of neurons: what one token has read, the next finds in the cache
+    compute.pool.run((a.ffn + kRangeNeurons - 1) / kRangeNeurons, [&](int chunk, int) {
+      for (int t = 0; t < n; ++t) {
+        TokenNeurons& token = tokens_[t];
+        const auto begin = std::lower_bound(token.ids.begin(), token.ids.end(), chunk * kRangeNeurons) - token.ids.begin();
+        const auto end =
+            std::lower_bound(token.ids.begin() + begin, token.ids.end(), (chunk + 1) * kRangeNeurons) - token.ids.begin();
+        neurons(operand, first + t, token.ids.data() + begin, static_cast<int>(end - begin), token.h.data() + begin);
+      }
+    });
+  }
+  const int groups = (a.ffn + kCoefficientNeurons - 1) / kCoefficientNeurons;
+  compute.each_token(n, [&](int t) {
+    TokenNeurons& token = tokens_[t];
+    token.rows.clear();
+    token.weights.clear();
+    token.group_begin.assign(groups + 1, 0);
+    int group = 0;
+    for (size_t i = 0; i < token.ids.size(); ++i) {
+      if (token.h[i] == 0.0f) continue;
+      while (group < token.ids[i] / kCoefficientNeurons) token.group_begin[++group] = static_cast<int>(token.rows.size());
+      token.rows.push_back(bundles.neuron(token.ids[i]) + layout.down);
+      token.weights.push_back(token.h[i]);
+    }
+    while (group < groups) token.group_begin[++group] = static_cast<int>(token.rows.size());
+  });
+  for (int t = 0; t < n; ++t) {
+    active += tokens_[t].ids.size();
+    total += a.ffn;
+  }
+  const bool quantized = layout.type == TensorType::kQ4_0;
+  const int padded = layout.padded_width();
+  // wide enough that a row's part is more than a few lines, narrow enough for every thread to have one
+  const int unit = quantized ? 128 : 64;
+  const int wanted = std::clamp(padded / compute.pool.size(), unit, 512);
+  const int columns = static_cast<int>(round_up(wanted, unit));
+  float* out = buffers.out.data();
+  std::fill_n(out, static_cast<size_t>(n) * padded, 0.0f);
+  compute.pool.run((padded + columns - 1) / columns, [&](int chunk, int) {
+    const int column = chunk * columns, here = std::min(columns, padded - column);
+    const size_t offset = static_cast<size_t>(column) * (layout.type == TensorType::kF16 ? 2 : 4);
+    const auto add = [&](int t, int begin, int end) {
+      const TokenNeurons& token = tokens_[t];
+      const uint8_t* const* rows = token.rows.data() + begin;
+      const float* weights = token.weights.data() + begin;
+      float* y = out + static_cast<size_t>(t) * padded;
+      if (quantized) {
+        kernels.accumulate_q4_0(rows, layout.down_scales, weights, end - begin, column / 128, here / 128, y);
+      } else {
+        const auto accumulate = layout.type == TensorType::kF16 ? kernels.accumulate_f16 : kernels.accumulate_f32;
+        accumulate(rows, offset, weights, end - begin, here, y + column);
+      }
+    };
+    if (n == 1 && !quantized) {
+      add(0, 0, static_cast<int>(tokens_[0].rows.size()));
+    } else {
+      for (int group = 0; group < groups; ++group) {
+        for (int t = 0; t < n; ++t) add(t, tokens_[t].group_begin[group], tokens_[t].group_begin[group + 1]);
+      }
+    }
+    finish(out, padded, column, std::min(here, a.width - column), n, input.residual + static_cast<size_t>(first) * a.width);
+  });
+}
+
+}  // namespace powerinfer

@@ -1,0 +1,78 @@
+// A layer's feed-forward network, dense or sparse, behind one interface: whoever computes it (these kernels, a GPU beside
+// them) gets the layer's vectors and adds its output to the residual.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "architecture.h"
+#include "bundle.h"
+#include "compute.h"
+
+namespace powerinfer {
+
+struct FfnBuffers {
+  std::vector<float> gate, up;       // [batch][ffn]
+  std::vector<float> predictor;      // [batch][rank]
+  std::vector<float> out;            // [batch][padded width]
+  std::vector<uint8_t> activations;  // of the FFN's input
+  std::vector<uint8_t> more_activations;
+};
+
+struct FfnInput {
+  const float* normed;     // [n][width], what the weights multiply
+  const float* predictor;  // [n][width], what the predictor reads
+  float* residual;         // [n][width], += output
+  int tokens;
+  int dense_tokens;  // the first of them, which every neuron is computed for
+};
+
+class Ffn {
+ public:
+  virtual ~Ffn() = default;
+  virtual void run(const FfnInput& input, FfnBuffers& buffers) = 0;
+  // Neurons computed over sparse tokens, and neurons they had.
+  uint64_t active = 0, total = 0;
+};
+
+struct DenseFfn : Ffn {
+  DenseFfn(const Architecture& architecture, const Compute& compute) : a(architecture), compute(compute) {}
+  void run(const FfnInput& input, FfnBuffers& buffers) override;
+
+  const Architecture& a;
+  Compute compute;
+  Matrix gate, up, down;
+  const float* up_bias = nullptr;    // [ffn] or null
+  const float* down_bias = nullptr;  // [width] or null
+};
+
+struct SparseFfn : Ffn {
+  SparseFfn(const Architecture& architecture, const Compute& compute) : a(architecture), compute(compute) {}
+  void run(const FfnInput& input, FfnBuffers& buffers) override;
+
+  const Architecture& a;
+  Compute compute;
+  Bundles bundles;
+  Matrix fc1, fc2;  // scores = fc2 relu(fc1 x)
+  const float* up_bias = nullptr;
+  const float* down_bias = nullptr;
+
+ private:
+  void run_dense(const FfnInput& input, const Operand& operand, int n, FfnBuffers& buffers);
+  void run_sparse(const FfnInput& input, const Operand& operand, int first, int n, FfnBuffers& buffers);
+  void predict(const FfnInput& input, int first, int n, FfnBuffers& buffers);
+  void neurons(const Operand& operand, int token, const int32_t* ids, int count, float* h) const;
+  void finish(const float* out, size_t stride, int first_column, int columns, int n, float* residual) const;
+
+  struct TokenNeurons {
+    std::vector<int32_t> ids;          // active, ascending
+    std::vector<float> h;              // of each
+    std::vector<const uint8_t*> rows;  // down rows where h is not zero, ascending
+    std::vector<float> weights;        // their h
+    std::vector<int> group_begin;      // first of them in each group of neurons
+  };
+  std::vector<TokenNeurons> tokens_;
+};
+
+}  // namespace powerinfer

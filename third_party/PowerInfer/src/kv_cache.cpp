@@ -1,0 +1,137 @@
+#include "kv_cache.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+namespace powerinfer {
+
+namespace {
+
+constexpr int kTokenBlock = 16;  // queries of one key-value head that read it together
+constexpr int kPanelRows = 128;
+
+// [layer][slot][keys, values][kv head][context][head size] fp16; pages come as tokens do.
+class F16Cache : public KvCache {
+ public:
+  F16Cache(const KvShape& shape, const Compute& compute)
+      : shape_(shape),
+        compute_(compute),
+        head_bytes_(size_t{2} * shape.context * shape.head_size),
+        memory_(head_bytes_ * shape.kv_heads * 2 * shape.slots * shape.layers, "the KV cache", false),
+        scratch_(compute.pool.size()) {}
+
+  void store(int layer, const KvTokens& tokens, const float* keys, const float* values) override {
+    const size_t stride = static_cast<size_t>(shape_.kv_heads) * shape_.head_size;
+    compute_.each_token(tokens.count, [&](int t) {
+      for (int head = 0; head < shape_.kv_heads; ++head) {
+        const size_t from = (tokens.first + t) * stride + static_cast<size_t>(head) * shape_.head_size;
+        const size_t at = static_cast<size_t>(tokens.position + t) * shape_.head_size;
+        compute_.kernels.to_half(keys + from, shape_.head_size, rows(layer, tokens.slot, 0, head) + at);
+        compute_.kernels.to_half(values + from, shape_.head_size, rows(layer, tokens.slot, 1, head) + at);
+      }
+    });
+  }
+
+  void attend(int layer, const std::vector<KvTokens>& tokens, const float* queries, float* out) override {
+    const int group = shape_.heads / shape_.kv_heads;
+    const int block = std::max(1, kTokenBlock / group);
+    items_.clear();
+    for (size_t s = 0; s < tokens.size(); ++s) {
+      for (int t = 0; t < tokens[s].count; t += block) {
+        for (int head = 0; head < shape_.kv_heads; ++head) {
+          items_.push_back({static_cast<int>(s), t, std::min(block, tokens[s].count - t), head});
+        }
+      }
+    }
+    compute_.pool.run(static_cast<int>(items_.size()), [&](int i, int thread) {
+      const Item& item = items_[i];
+      attend_block(layer, tokens[item.step], item, queries, out, scratch_[thread]);
+    });
+  }
+
+  int truncatable(int, int count) const override { return count; }
+  void truncate(int slot, int count) override {
+    for (int layer = 0; layer < shape_.layers; ++layer) {
+      for (int which = 0; which < 2; ++which) {
+        for (int head = 0; head < shape_.kv_heads; ++head) {
+          auto* at = reinterpret_cast<uint8_t*>(rows(layer, slot, which, head));
+          const size_t kept = size_t{2} * count * shape_.head_size;
+          memory_.forget(at + kept, head_bytes_ - kept);
+        }
+      }
+    }
+  }
+  uint64_t bytes_per_token() const override { return uint64_t{2} * 2 * shape_.layers * shape_.kv_heads * shape_.head_size; }
+
+ private:
+  struct Item {
+    int step, first, count, head;
+  };
+  struct Scratch {
+    std::vector<float> queries, scores, panel, out;
+  };
+
+  uint16_t* rows(int layer, int slot, int which, int head) const {
+    const size_t index = ((static_cast<size_t>(layer) * shape_.slots + slot) * 2 + which) * shape_.kv_heads + head;
+    return reinterpret_cast<uint16_t*>(memory_.data() + index * head_bytes_);
+  }
+
+  void attend_block(int layer, const KvTokens& tokens, const Item& item, const float* queries, float* out,
+                    Scratch& scratch) {
+    const Kernels& kernels = compute_.kernels;
+    const int size = shape_.head_size, group = shape_.heads / shape_.kv_heads, rows_count = item.count * group;
+    const size_t stride = static_cast<size_t>(shape_.heads) * size;
+    const int length = tokens.position + item.first + item.count;  // tokens that the last query sees
+    const size_t score_stride = round_up(length, 16);
+    const float scale = 1.0f / std::sqrt(static_cast<float>(size));
+    scratch.queries.resize(static_cast<size_t>(rows_count) * size);
+    scratch.out.assign(static_cast<size_t>(rows_count) * size, 0.0f);
+    scratch.scores.resize(rows_count * score_stride);
+    scratch.panel.resize(static_cast<size_t>(kPanelRows) * kPanelColumns);
+    const auto offset = [&](int row) {
+      const int token = tokens.first + item.first + row / group;
+      return token * stride + static_cast<size_t>(item.head * group + row % group) * size;
+    };
+    for (int row = 0; row < rows_count; ++row) {
+      for (int c = 0; c < size; ++c) scratch.queries[static_cast<size_t>(row) * size + c] = queries[offset(row) + c] * scale;
+    }
+    const auto row_bytes = static_cast<size_t>(size) * 2;
+    kernels.rows_f16(reinterpret_cast<const uint8_t*>(rows(layer, tokens.slot, 0, item.head)), row_bytes, length, size,
+                     scratch.queries.data(), size, rows_count, scratch.scores.data(), score_stride);
+    for (int row = 0; row < rows_count; ++row) {
+      float* scores = scratch.scores.data() + row * score_stride;
+      const int seen = tokens.position + item.first + row / group + 1;
+      kernels.softmax(scores, seen);
+      std::fill(scores + seen, scores + length, 0.0f);
+    }
+    const auto* values = reinterpret_cast<const uint8_t*>(rows(layer, tokens.slot, 1, item.head));
+    for (int position = 0; position < length; position += kPanelRows) {
+      const int here = std::min(kPanelRows, length - position);
+      for (int c = 0; c < size; c += kPanelColumns) {
+        const int columns = std::min(kPanelColumns, size - c);
+        kernels.panel_f16(values + position * row_bytes, row_bytes, 0, here, c, columns, scratch.panel.data());
+        kernels.columns(scratch.panel.data(), here, columns, scratch.scores.data() + position, score_stride, rows_count,
+                        scratch.out.data() + c, size);
+      }
+    }
+    for (int row = 0; row < rows_count; ++row) {
+      std::copy_n(scratch.out.data() + static_cast<size_t>(row) * size, size, out + offset(row));
+    }
+  }
+
+  KvShape shape_;
+  Compute compute_;
+  size_t head_bytes_;
+  Memory memory_;
+  std::vector<Scratch> scratch_;
+  std::vector<Item> items_;
+};
+
+}  // namespace
+
+std::unique_ptr<KvCache> make_f16_cache(const KvShape& shape, const Compute& compute) {
+  return std::make_unique<F16Cache>(shape, compute);
+}
+
+}  // namespace powerinfer

@@ -1,0 +1,522 @@
+#include "model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <new>
+#include <numeric>
+
+#include "architecture.h"
+#include "compute.h"
+#include "errors.h"
+#include "ffn.h"
+#include "kv_cache.h"
+
+namespace powerinfer {
+
+namespace {
+
+struct Norm {
+  const float* weight = nullptr;  // [width]
+  const float* bias = nullptr;    // of a LayerNorm
+};
+
+struct Layer {
+  Norm attention_norm, ffn_norm, attention_norm_2;  // the last one: falcon with two norms, read by its attention
+  Matrix q, k, v, qkv, output;
+  const float *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *output_bias = nullptr;
+  std::unique_ptr<Ffn> ffn;
+};
+
+std::string blk(int layer, const char* name) { return "blk." + std::to_string(layer) + "." + name; }
+
+// Copies a file's tensors for the kernels: first the plan of every tensor, then one piece of memory, then the copies.
+class Loader {
+ public:
+  Loader(const GgufFile& file, const Architecture& a, ThreadPool& pool) : file_(file), a_(a), pool_(pool) {}
+
+  // Each runs twice: the first time to count bytes.
+  template <typename Fill>
+  Memory run(Fill fill) {
+    fill(*this);
+    const uint64_t available = available_memory();
+    if (bytes_ > available) {
+      throw Error(ErrorKind::kMemory, file_.name() + " needs " + std::to_string(bytes_ >> 20) + " MiB for its weights and " +
+                                          std::to_string(available >> 20) + " MiB are available; take a smaller model");
+    }
+    memory_ = Memory(bytes_, "the weights of " + file_.name());
+    counting_ = false;
+    fill(*this);
+    return std::move(memory_);
+  }
+
+  Matrix matrix(const std::string& name, int columns, int rows) {
+    const GgufTensor& tensor = file_.tensor(name, {static_cast<uint64_t>(columns), static_cast<uint64_t>(rows)});
+    if (counting_) {
+      bytes_ += round_up(matrix_bytes(file_, tensor), 64);
+      return {};
+    }
+    const Matrix matrix = copy_matrix(tensor, memory_, pool_);
+    file_.release(tensor);
+    return matrix;
+  }
+  Matrix matrix(const std::string& name, int columns) {  // any number of rows
+    const GgufTensor* tensor = file_.find(name);
+    const bool is_matrix = tensor && tensor->shape.size() == 2;
+    return matrix(name, columns, is_matrix ? static_cast<int>(std::min<uint64_t>(tensor->shape[1], 1 << 30)) : 0);
+  }
+
+  const float* vector(const std::string& name, int size) {
+    const GgufTensor& tensor = file_.tensor(name, {static_cast<uint64_t>(size)});
+    if (tensor.type != TensorType::kF32 && tensor.type != TensorType::kF16) {
+      throw model_error(file_.name() + " has tensor \"" + name + "\" of " + type_name(tensor.type) +
+                        "; it can be F32 or F16");
+    }
+    if (counting_) {
+      bytes_ += round_up(size_t{4} * size, 64);
+      return nullptr;
+    }
+    auto* out = reinterpret_cast<float*>(memory_.take(size_t{4} * size));
+    Matrix row;
+    row.type = tensor.type, row.rows = 1, row.columns = size, row.data = tensor.data, row.unit_bytes = tensor.bytes;
+    dequantize_row(row, 0, out);
+    return out;
+  }
+  const float* optional_vector(const std::string& name, int size) { return file_.find(name) ? vector(name, size) : nullptr; }
+  Norm norm(const std::string& name) {
+    return {vector(name + ".weight", a_.width), a_.layer_norm ? vector(name + ".bias", a_.width) : nullptr};
+  }
+
+  Bundles bundles(const std::string& gate, const std::string& up, const std::string& down) {
+    const auto width = static_cast<uint64_t>(a_.width), ffn = static_cast<uint64_t>(a_.ffn);
+    const GgufTensor* gate_tensor = a_.gated ? &file_.tensor(gate, {width, ffn}) : nullptr;
+    const GgufTensor& up_tensor = file_.tensor(up, {width, ffn});
+    const GgufTensor& down_tensor = file_.tensor(down, {width, ffn});
+    const BundleLayout layout = bundle_layout(file_, gate_tensor, up_tensor, down_tensor);
+    if (counting_) {
+      bytes_ += round_up(layout.bytes * a_.ffn, 64);
+      return {};
+    }
+    const Bundles bundles = copy_bundles(layout, gate_tensor, up_tensor, down_tensor, memory_, pool_);
+    for (const GgufTensor* tensor : {gate_tensor, &up_tensor, &down_tensor}) {
+      if (tensor) file_.release(*tensor);
+    }
+    return bundles;
+  }
+
+  bool has(const std::string& name) const { return file_.find(name) != nullptr; }
+  int rows(const std::string& name) const { return static_cast<int>(file_.find(name)->shape.back()); }
+
+ private:
+  const GgufFile& file_;
+  const Architecture& a_;
+  ThreadPool& pool_;
+  bool counting_ = true;
+  size_t bytes_ = 0;
+  Memory memory_;
+};
+
+int threads_of(const ModelOptions& options) {
+  if (options.threads < 0 || options.threads > 1024) {
+    throw Error(ErrorKind::kUsage, "--threads is " + std::to_string(options.threads) + "; 1 to 1024, or 0 for every core");
+  }
+  return options.threads ? options.threads : usable_cores();
+}
+
+class TransformerModel : public Model {
+ public:
+  TransformerModel(const GgufFile& file, const ModelOptions& options)
+      : options_(options),
+        a_(Architecture::read(file, options.activation)),
+        pool_(threads_of(options)),
+        kernels_(kernels(parse_isa(options.isa))),
+        compute_{kernels_, pool_} {
+    check_options();
+    info_.sparse = file.sparse();
+    Loader loader(file, a_, pool_);
+    memory_ = loader.run([&](Loader& load) { load_weights(load); });
+    fill_info(file);
+    const KvShape shape{a_.layers, options_.slots, info_.context, a_.heads, a_.kv_heads, a_.head_size};
+    kv_ = make_f16_cache(shape, compute_);
+    info_.kv_bytes_per_token = kv_->bytes_per_token();
+    held_.assign(options_.slots, 0);
+    make_buffers();
+  }
+
+  const ModelInfo& info() const override { return info_; }
+  void forward(const std::vector<Step>& steps) override;
+  void truncate(int slot, int count) override {
+    kv_->truncate(slot, count);
+    held_[slot] = std::min(held_[slot], count);
+  }
+  Activity activity() const override {
+    Activity sum;
+    for (const Layer& layer : layers_) sum.active += layer.ffn->active, sum.total += layer.ffn->total;
+    return sum;
+  }
+  uint64_t kv_bytes() const override {
+    return std::accumulate(held_.begin(), held_.end(), uint64_t{0}) * info_.kv_bytes_per_token;
+  }
+
+ private:
+  void check_options() const {
+    const auto check = [](const char* flag, int value, int least, int most) {
+      if (value < least || value > most) {
+        throw Error(ErrorKind::kUsage, std::string(flag) + " is " + std::to_string(value) + "; " + std::to_string(least) +
+                                           " to " + std::to_string(most) + " are possible");
+      }
+    };
+    check("--slots", options_.slots, 1, 1024);
+    check("--batch", options_.batch, options_.slots, 8192);
+    check("--context", options_.context, 0, a_.context);
+  }
+
+  void load_weights(Loader& load);
+  std::unique_ptr<Ffn> load_ffn(Loader& load, int layer);
+  void fill_info(const GgufFile& file);
+  void make_buffers();
+
+  // Parts of a pass over n tokens
+  void gather(const std::vector<Step>& steps);
+  void embed(int n);
+  void rotations(int n);
+  void rotate(float* x, int heads, size_t stride, int token) const;
+  void normalize(const Norm& norm, const float* x, int n, float* y) const;
+  void attention(const Layer& layer, int index, int n);
+  void logits(int n);
+
+  ModelOptions options_;
+  Architecture a_;
+  ThreadPool pool_;
+  const Kernels& kernels_;
+  Compute compute_;
+  ModelInfo info_;
+  Memory memory_;
+
+  Matrix embedding_, output_, positions_;
+  Norm output_norm_;
+  std::vector<float> frequencies_;  // [rope_size / 2] angle of one position
+  std::vector<Layer> layers_;
+  std::unique_ptr<KvCache> kv_;
+  std::vector<int> held_;
+
+  // The pass under way: prompt tokens first
+  struct Entry {
+    int32_t token;
+    int position;
+    float* logits;
+  };
+  std::vector<Entry> entries_;
+  std::vector<KvTokens> spans_;
+  int dense_tokens_ = 0;
+
+  std::vector<float> x_, layer_input_, normed_, ffn_normed_, q_, k_, v_, qkv_, attended_, projected_, cos_, sin_, logits_;
+  std::vector<uint8_t> activations_;
+  FfnBuffers ffn_buffers_;
+};
+
+void TransformerModel::load_weights(Loader& load) {
+  const int q_size = a_.heads * a_.head_size, kv_size = a_.kv_heads * a_.head_size;
+  embedding_ = load.matrix("token_embd.weight", a_.width, a_.vocabulary);
+  if (a_.learned_positions) positions_ = load.matrix("position_embd.weight", a_.width);
+  output_norm_ = load.norm("output_norm");
+  output_ = load.has("output.weight") ? load.matrix("output.weight", a_.width, a_.vocabulary) : embedding_;
+  frequencies_.clear();
+  if (a_.rope != Rope::kNone) {
+    const int half = a_.rope_size / 2;
+    const float* factors = load.optional_vector("rope_freqs.weight", half);
+    for (int i = 0; i < half; ++i) {
+      const double exponent = -2.0 * i / a_.rope_size;
+      frequencies_.push_back(
+          static_cast<float>(std::pow(a_.rope_base, exponent) * a_.rope_scale / (factors ? factors[i] : 1.0f)));
+    }
+  }
+  layers_.clear();
+  for (int i = 0; i < a_.layers; ++i) {
+    Layer layer;
+    layer.attention_norm = load.norm(blk(i, "attn_norm"));
+    if (a_.fused_qkv) {
+      layer.qkv = load.matrix(blk(i, "attn_qkv.weight"), a_.width, q_size + 2 * kv_size);
+      if (load.has(blk(i, "attn_norm_2.weight"))) layer.attention_norm_2 = load.norm(blk(i, "attn_norm_2"));
+    } else {
+      layer.q = load.matrix(blk(i, "attn_q.weight"), a_.width, q_size);
+      layer.k = load.matrix(blk(i, "attn_k.weight"), a_.width, kv_size);
+      layer.v = load.matrix(blk(i, "attn_v.weight"), a_.width, kv_size);
+    }
+    layer.output = load.matrix(blk(i, "attn_output.weight"), q_size, a_.width);
+    if (a_.biases) {
+      layer.q_bias = load.vector(blk(i, "attn_q.bias"), q_size);
+      layer.k_bias = load.vector(blk(i, "attn_k.bias"), kv_size);
+      layer.v_bias = load.vector(blk(i, "attn_v.bias"), kv_size);
+      layer.output_bias = load.vector(blk(i, "attn_output.bias"), a_.width);
+    }
+    if (!a_.parallel) layer.ffn_norm = load.norm(blk(i, "ffn_norm"));
+    layer.ffn = load_ffn(load, i);
+    layers_.push_back(std::move(layer));
+  }
+}
+
+std::unique_ptr<Ffn> TransformerModel::load_ffn(Loader& load, int i) {
+  const float* up_bias = a_.biases ? load.vector(blk(i, "ffn_up.bias"), a_.ffn) : nullptr;
+  if (!info_.sparse) {
+    auto ffn = std::make_unique<DenseFfn>(a_, compute_);
+    if (a_.gated) ffn->gate = load.matrix(blk(i, "ffn_gate.weight"), a_.width, a_.ffn);
+    ffn->up = load.matrix(blk(i, "ffn_up.weight"), a_.width, a_.ffn);
+    ffn->down = load.matrix(blk(i, "ffn_down.weight"), a_.ffn, a_.width);
+    ffn->up_bias = up_bias;
+    if (a_.biases) ffn->down_bias = load.vector(blk(i, "ffn_down.bias"), a_.width);
+    return ffn;
+  }
+  auto ffn = std::make_unique<SparseFfn>(a_, compute_);
+  ffn->bundles = load.bundles(blk(i, "ffn_gate.weight"), blk(i, "ffn_up.weight"), blk(i, "ffn_down_t.weight"));
+  ffn->fc1 = load.matrix(blk(i, "fc1.weight"), a_.width);
+  ffn->fc2 = load.matrix(blk(i, "fc2.weight"), load.rows(blk(i, "fc1.weight")), a_.ffn);
+  ffn->up_bias = up_bias;
+  if (a_.biases) ffn->down_bias = load.vector(blk(i, "ffn_down_t.bias"), a_.width);
+  return ffn;
+}
+
+void TransformerModel::fill_info(const GgufFile& file) {
+  info_.name = file.get_string("general.name", "");
+  info_.architecture = a_.name;
+  info_.activation = activation_name(a_.activation);
+  info_.isa = isa_name(kernels_.isa);
+  info_.layers = a_.layers;
+  info_.width = a_.width;
+  info_.heads = a_.heads;
+  info_.kv_heads = a_.kv_heads;
+  info_.head_size = a_.head_size;
+  info_.ffn = a_.ffn;
+  info_.vocabulary = a_.vocabulary;
+  info_.context = options_.context ? options_.context : a_.context;
+  info_.slots = options_.slots;
+  info_.threads = pool_.size();
+  info_.weight_bytes = memory_.size();
+}
+
+void TransformerModel::make_buffers() {
+  const auto n = static_cast<size_t>(options_.batch);
+  const size_t width = a_.width, q_size = static_cast<size_t>(a_.heads) * a_.head_size;
+  const size_t kv_size = static_cast<size_t>(a_.kv_heads) * a_.head_size;
+  for (auto* buffer : {&x_, &normed_, &projected_}) buffer->resize(n * width);
+  if (a_.parallel) layer_input_.resize(n * width), ffn_normed_.resize(n * width);
+  for (auto* buffer : {&q_, &attended_}) buffer->resize(n * q_size);
+  for (auto* buffer : {&k_, &v_}) buffer->resize(n * kv_size);
+  if (a_.fused_qkv) qkv_.resize(n * (q_size + 2 * kv_size));
+  for (auto* buffer : {&cos_, &sin_}) buffer->resize(n * frequencies_.size());
+  activations_.resize(n * std::max(ActivationLayout(a_.width).bytes, ActivationLayout(static_cast<int>(q_size)).bytes));
+  int rank = 0;
+  for (const Layer& layer : layers_) {
+    if (const auto* sparse = dynamic_cast<const SparseFfn*>(layer.ffn.get())) rank = std::max(rank, sparse->fc1.rows);
+  }
+  FfnBuffers& ffn = ffn_buffers_;
+  // 16 more: stores of whole vectors
+  ffn.gate.resize(n * a_.ffn + 16);
+  ffn.up.resize(n * a_.ffn + 16);
+  ffn.predictor.resize(n * rank + 16);
+  ffn.out.resize(n * round_up(width, 128));
+  ffn.activations.resize(n * ActivationLayout(a_.width).bytes);
+  const int widest = std::max({a_.width, a_.ffn, rank});
+  ffn.more_activations.resize(n * ActivationLayout(widest).bytes);
+}
+
+void TransformerModel::gather(const std::vector<Step>& steps) {
+  entries_.clear();
+  spans_.clear();
+  const auto take = [&](const Step& step) {
+    spans_.push_back({step.slot, step.position, static_cast<int>(entries_.size()), step.count});
+    for (int t = 0; t < step.count; ++t) {
+      const bool wanted = step.logits && (step.all_logits || t == step.count - 1);
+      float* logits = wanted ? step.logits + (step.all_logits ? static_cast<size_t>(t) * a_.vocabulary : 0) : nullptr;
+      entries_.push_back({step.tokens[t], step.position + t, logits});
+    }
+    held_[step.slot] = step.position + step.count;
+  };
+  const auto dense = [&](const Step& step) {
+    return (step.prompt ? options_.prompt_ffn : options_.decode_ffn) == FfnMode::kDense;
+  };
+  for (const Step& step : steps) {
+    if (step.slot < 0 || step.slot >= options_.slots || step.count < 1 || step.position != held_[step.slot] ||
+        step.position + step.count > info_.context) {
+      throw Error(ErrorKind::kFailed, "a forward pass was asked for tokens that do not continue their slot");
+    }
+    for (int t = 0; t < step.count; ++t) {
+      if (step.tokens[t] < 0 || step.tokens[t] >= a_.vocabulary) {
+        throw request_error("token id " + std::to_string(step.tokens[t]) + " is outside the vocabulary of " +
+                            std::to_string(a_.vocabulary));
+      }
+    }
+  }
+  for (const Step& step : steps) {
+    if (dense(step)) take(step);
+  }
+  dense_tokens_ = static_cast<int>(entries_.size());
+  for (const Step& step : steps) {
+    if (!dense(step)) take(step);
+  }
+  if (entries_.size() > static_cast<size_t>(options_.batch)) {
+    throw Error(ErrorKind::kFailed, "a forward pass was asked for more tokens than its batch holds");
+  }
+}
+
+void TransformerModel::embed(int n) {
+  compute_.each_token(n, [&](int t) {
+    float* x = x_.data() + static_cast<size_t>(t) * a_.width;
+    dequantize_row(embedding_, entries_[t].token, x);
+    if (a_.learned_positions) {
+      constexpr int kOffset = 2;  // rows of opt's table that no position uses
+      std::vector<float> position(a_.width);
+      dequantize_row(positions_, entries_[t].position + kOffset, position.data());
+      kernels_.add(x, position.data(), a_.width);
+    }
+  });
+}
+
+void TransformerModel::rotations(int n) {
+  const size_t half = frequencies_.size();
+  compute_.each_token(n, [&](int t) {
+    for (size_t i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(entries_[t].position) * frequencies_[i];
+      cos_[t * half + i] = std::cos(angle);
+      sin_[t * half + i] = std::sin(angle);
+    }
+  });
+}
+
+void TransformerModel::rotate(float* x, int heads, size_t stride, int t) const {
+  const size_t half = frequencies_.size();
+  const float* cosine = cos_.data() + t * half;
+  const float* sine = sin_.data() + t * half;
+  for (int head = 0; head < heads; ++head) {
+    float* at = x + t * stride + static_cast<size_t>(head) * a_.head_size;
+    for (size_t i = 0; i < half; ++i) {
+      float& first = a_.rope == Rope::kInterleaved ? at[2 * i] : at[i];
+      float& second = a_.rope == Rope::kInterleaved ? at[2 * i + 1] : at[i + half];
+      const float a = first, b = second;
+      first = a * cosine[i] - b * sine[i];
+      second = a * sine[i] + b * cosine[i];
+    }
+  }
+}
+
+void TransformerModel::normalize(const Norm& norm, const float* x, int n, float* y) const {
+  compute_.each_token(n, [&](int t) {
+    const float* from = x + static_cast<size_t>(t) * a_.width;
+    float* to = y + static_cast<size_t>(t) * a_.width;
+    if (a_.layer_norm) {
+      kernels_.layer_norm(from, norm.weight, norm.bias, a_.width, a_.epsilon, to);
+    } else {
+      kernels_.rms_norm(from, norm.weight, a_.width, a_.epsilon, to);
+    }
+  });
+}
+
+// x_ += attention(normed_)
+void TransformerModel::attention(const Layer& layer, int index, int n) {
+  const auto q_size = static_cast<size_t>(a_.heads) * a_.head_size,
+             kv_size = static_cast<size_t>(a_.kv_heads) * a_.head_size;
+  const bool quantized = layer.q.quantized() || layer.k.quantized() || layer.v.quantized() || layer.qkv.quantized();
+  const Operand input = compute_.prepare(normed_.data(), a_.width, n, quantized, activations_.data());
+  if (a_.fused_qkv) {
+    const size_t all = q_size + 2 * kv_size;
+    compute_.multiply({{&layer.qkv, qkv_.data(), all}}, input, n);
+    compute_.each_token(n, [&](int t) {
+      const float* from = qkv_.data() + t * all;
+      std::copy_n(from, q_size, q_.data() + t * q_size);
+      std::copy_n(from + q_size, kv_size, k_.data() + t * kv_size);
+      std::copy_n(from + q_size + kv_size, kv_size, v_.data() + t * kv_size);
+    });
+  } else {
+    compute_.multiply({{&layer.q, q_.data(), q_size}, {&layer.k, k_.data(), kv_size}, {&layer.v, v_.data(), kv_size}}, input,
+                      n);
+  }
+  compute_.each_token(n, [&](int t) {
+    if (layer.q_bias) {
+      kernels_.add(q_.data() + t * q_size, layer.q_bias, static_cast<int>(q_size));
+      kernels_.add(k_.data() + t * kv_size, layer.k_bias, static_cast<int>(kv_size));
+      kernels_.add(v_.data() + t * kv_size, layer.v_bias, static_cast<int>(kv_size));
+    }
+    rotate(q_.data(), a_.heads, q_size, t);
+    rotate(k_.data(), a_.kv_heads, kv_size, t);
+  });
+  for (const KvTokens& span : spans_) kv_->store(index, span, k_.data(), v_.data());
+  kv_->attend(index, spans_, q_.data(), attended_.data());
+  const Operand attended =
+      compute_.prepare(attended_.data(), static_cast<int>(q_size), n, layer.output.quantized(), activations_.data());
+  const auto width = static_cast<size_t>(a_.width);
+  compute_.multiply({{&layer.output, projected_.data(), width}}, attended, n, [&](size_t, int first, int count) {
+    for (int t = 0; t < n; ++t) {
+      float* y = x_.data() + t * width + first;
+      kernels_.add(y, projected_.data() + t * width + first, count);
+      if (layer.output_bias) kernels_.add(y, layer.output_bias + first, count);
+    }
+  });
+}
+
+void TransformerModel::forward(const std::vector<Step>& steps) {
+  gather(steps);
+  const auto n = static_cast<int>(entries_.size());
+  if (n == 0) return;
+  embed(n);
+  rotations(n);
+  const auto width = static_cast<size_t>(a_.width);
+  for (int i = 0; i < a_.layers; ++i) {
+    const Layer& layer = layers_[i];
+    normalize(layer.attention_norm, x_.data(), n, normed_.data());
+    FfnInput ffn{normed_.data(), x_.data(), x_.data(), n, dense_tokens_};
+    if (a_.parallel) {
+      std::copy_n(x_.data(), n * width, layer_input_.data());
+      std::copy_n(normed_.data(), n * width, ffn_normed_.data());
+      ffn.normed = ffn_normed_.data();
+      ffn.predictor = layer_input_.data();
+      if (layer.attention_norm_2.weight) normalize(layer.attention_norm_2, x_.data(), n, normed_.data());
+      attention(layer, i, n);
+    } else {
+      attention(layer, i, n);
+      normalize(layer.ffn_norm, x_.data(), n, normed_.data());
+    }
+    layer.ffn->run(ffn, ffn_buffers_);
+  }
+  logits(n);
+}
+
+void TransformerModel::logits(int n) {
+  // tokens whose logits are asked for, side by side
+  std::vector<int> wanted;
+  for (int t = 0; t < n; ++t) {
+    if (entries_[t].logits) wanted.push_back(t);
+  }
+  const auto width = static_cast<size_t>(a_.width), vocabulary = static_cast<size_t>(a_.vocabulary);
+  // at most a few at a time: [16, vocabulary] floats
+  constexpr size_t kTogether = 16;
+  for (size_t first = 0; first < wanted.size(); first += kTogether) {
+    const auto count = static_cast<int>(std::min(kTogether, wanted.size() - first));
+    for (int i = 0; i < count; ++i) {
+      std::copy_n(x_.data() + wanted[first + i] * width, width, projected_.data() + i * width);
+    }
+    normalize(output_norm_, projected_.data(), count, normed_.data());
+    const Operand input = compute_.prepare(normed_.data(), a_.width, count, output_.quantized(), activations_.data());
+    if (count == 1) {
+      compute_.multiply({{&output_, entries_[wanted[first]].logits, vocabulary}}, input, 1);
+      continue;
+    }
+    logits_.resize(kTogether * vocabulary);
+    compute_.multiply({{&output_, logits_.data(), vocabulary}}, input, count);
+    for (int i = 0; i < count; ++i) {
+      std::copy_n(logits_.data() + i * vocabulary, vocabulary, entries_[wanted[first + i]].logits);
+    }
+  }
+}
+
+}  // namespace
+
+std::unique_ptr<Model> Model::load(const GgufFile& file, const ModelOptions& options) {
+  try {
+    return std::make_unique<TransformerModel>(file, options);
+  } catch (const std::bad_alloc&) {
+    throw Error(ErrorKind::kMemory, "not enough memory for " + file.name() + "; take a smaller model, --context or --slots");
+  }
+}
+
+}  // namespace powerinfer
