@@ -16,7 +16,9 @@ BUILD = ROOT / "build" / "powerinfer"
 
 def missing_tools() -> list[str]:
     """What the engine's build needs and this machine lacks."""
-    missing = [] if any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")) else ["a C++ compiler"]
+    missing = (
+        [] if any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")) else ["a C++ compiler"]
+    )
     missing += [] if shutil.which("cmake") else ["cmake"]
     headers = {"nlohmann-json": "nlohmann/json.hpp", "cpp-httplib": "httplib.h", "doctest": "doctest/doctest.h"}
     folders = [Path(folder) for folder in ("/usr/include", "/usr/local/include", "/opt/homebrew/include")]

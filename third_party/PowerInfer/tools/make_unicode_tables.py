@@ -5,7 +5,8 @@
 
 Ids must equal those of Hugging Face's `tokenizers`, which joins data of several Unicode versions: 16 in its regular
 expressions (checked here for every code point), 17 in its Digits pre-tokenizer, and older ones in its Punctuation
-pre-tokenizer and its normalizers. unicodedata2 gives the first; where tokenizers differs, it is asked code point by code point.
+pre-tokenizer and its normalizers. unicodedata2 gives the first; where tokenizers differs, it is asked code point by code
+point.
 """
 
 import sys
