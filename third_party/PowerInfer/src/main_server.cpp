@@ -18,6 +18,7 @@
 #include "chat.h"
 #include "engine.h"
 #include "errors.h"
+#include "flags.h"
 #include "http.h"
 #include "model.h"
 #include "server.h"
@@ -30,35 +31,10 @@
 namespace powerinfer {
 namespace {
 
-constexpr const char* kUsage = R"(usage: powerinfer-server --model FILE [flags]
-
-  --model FILE               GGUF or PWRI model file
-  --host ADDRESS             address to listen on (127.0.0.1)
-  --port N                   port; 0 takes a free one (8080). A line "listening on http://HOST:PORT" tells when it is ready
-  --api-key KEY              asked of every request but /health; also from the environment's POWERINFER_API_KEY
-  --served-model-name NAME   the model's name in requests and answers (the file's general.name)
-  --chat-template NAME|FILE  chatml, llama2, llama3, vicuna or bamboo, or a Jinja file, in place of the model's
-  --threads N                threads of the model (one per physical core)
-  --slots N                  sequences computed at once (8)
-  --context N                tokens of one sequence, prompt and answer (the model's)
-  --batch N                  most tokens in one forward pass (512)
-  --kv f16|packed            keys and values: 16 bits, or keys 4 and values 2 bits (f16)
-  --dense                    every neuron, also in a file with predictors
-  --prompt-ffn dense|sparse  neurons of prompt tokens: every one, or those that the predictor names (dense)
-  --activation relu|silu     in place of the file's
-  --isa plain|avx2|avx512    instruction set (the best one here)
-  --queue N                  requests that may wait for a slot (128); further ones get status 429
-  --max-request-bytes N      largest request body (4194304); larger ones get status 413
-  --drain-seconds N          time that requests under way have to finish after SIGTERM or SIGINT (30)
-  --version                  prints the version
-  --help                     prints this text
-
-exit status: 0 stopped by a signal, 1 other errors, 2 flags, 3 model file, 4 address or port, 5 memory
-)";
-
 struct Options {
   std::string model_path, host = "127.0.0.1", chat_template;
   int port = 8080, drain_seconds = 30;
+  bool print_version = false;
   ModelOptions model;
   EngineOptions engine;
   ServerOptions server;
@@ -66,108 +42,74 @@ struct Options {
 
 Error usage_error(const std::string& message) { return Error(ErrorKind::kUsage, message); }
 
-int64_t parse_integer(const std::string& flag, const std::string& value, int64_t low, int64_t high) {
-  char* end = nullptr;
-  errno = 0;
-  const long long number = std::strtoll(value.c_str(), &end, 10);
-  if (value.empty() || *end != 0 || errno != 0 || number < low || number > high) {
-    throw usage_error(flag + " must be a number between " + std::to_string(low) + " and " + std::to_string(high) +
-                      ", got \"" + value + "\"");
+void check_range(const std::string& flag, int value, int low, int high) {
+  if (value < low || value > high) {
+    throw usage_error(flag + " must be between " + std::to_string(low) + " and " + std::to_string(high) + ", got " +
+                      std::to_string(value));
   }
-  return number;
 }
 
-size_t choose(const std::string& flag, const std::string& value, const std::vector<std::string>& names) {
-  std::string all;
-  for (size_t i = 0; i < names.size(); ++i) {
-    if (value == names[i]) return i;
-    all += (i == 0 ? "" : i + 1 == names.size() ? " or " : ", ") + names[i];
-  }
-  throw usage_error(flag + " must be " + all + ", got \"" + value + "\"");
+// True for the second of the two words.
+bool second(const std::string& flag, const std::string& value, const std::string& one, const std::string& other) {
+  if (value != one && value != other)
+    throw usage_error(flag + " must be " + one + " or " + other + ", got \"" + value + "\"");
+  return value == other;
 }
 
 // false: --help or --version was printed
-bool parse_flags(int count, char** arguments, Options& options) {
+bool parse_flags(int argc, char** argv, Options& options) {
   options.model.slots = 8;
-  const char* key = std::getenv("POWERINFER_API_KEY");
-  if (key) options.server.api_key = key;
+  if (const char* key = std::getenv("POWERINFER_API_KEY")) options.server.api_key = key;
+  std::string kv = "f16", prompt_ffn = "dense";
+  bool dense = false;
+  int max_request_bytes = static_cast<int>(options.server.max_request_bytes);
 
-  for (int i = 1; i < count; ++i) {
-    std::string flag = arguments[i], value;
-    bool has_value = false;
-    if (const size_t equals = flag.find('='); flag.starts_with("--") && equals != std::string::npos) {
-      value = flag.substr(equals + 1);
-      flag.resize(equals);
-      has_value = true;
-    }
-    const auto text = [&]() -> const std::string& {
-      if (!has_value) {
-        if (i + 1 == count) throw usage_error(flag + " needs a value");
-        value = arguments[++i];
-        has_value = true;
-      }
-      return value;
-    };
-    const auto integer = [&](int64_t low, int64_t high) { return static_cast<int>(parse_integer(flag, text(), low, high)); };
-    const auto none = [&] {
-      if (has_value) throw usage_error(flag + " takes no value");
-    };
-    if (flag == "--help" || flag == "-h") {
-      std::fputs(kUsage, stdout);
-      return false;
-    } else if (flag == "--version") {
-      std::puts("powerinfer-server " POWERINFER_VERSION);
-      return false;
-    } else if (flag == "--model") {
-      options.model_path = text();
-    } else if (flag == "--host") {
-      options.host = text();
-    } else if (flag == "--port") {
-      options.port = integer(0, 65535);
-    } else if (flag == "--api-key") {
-      options.server.api_key = text();
-      if (options.server.api_key.empty()) throw usage_error("--api-key must not be empty");
-    } else if (flag == "--served-model-name") {
-      options.server.model_name = text();
-    } else if (flag == "--chat-template") {
-      options.chat_template = text();
-    } else if (flag == "--threads") {
-      options.model.threads = integer(1, 1024);
-    } else if (flag == "--slots") {
-      options.model.slots = integer(1, 1024);
-    } else if (flag == "--context") {
-      options.model.context = integer(1, 1 << 24);
-    } else if (flag == "--batch") {
-      options.model.batch = integer(2, 1 << 16);
-    } else if (flag == "--kv") {
-      options.model.kv = choose(flag, text(), {"f16", "packed"}) == 0 ? KvType::kF16 : KvType::kPacked;
-    } else if (flag == "--dense") {
-      none();
-      options.model.decode_ffn = FfnMode::kDense;
-    } else if (flag == "--prompt-ffn") {
-      options.model.prompt_ffn = choose(flag, text(), {"dense", "sparse"}) == 0 ? FfnMode::kDense : FfnMode::kSparse;
-    } else if (flag == "--activation") {
-      choose(flag, text(), {"relu", "silu"});
-      options.model.activation = value;
-    } else if (flag == "--isa") {
-      choose(flag, text(), {"plain", "avx2", "avx512"});
-      options.model.isa = value;
-    } else if (flag == "--queue") {
-      options.engine.queue = integer(0, 4096);
-    } else if (flag == "--max-request-bytes") {
-      options.server.max_request_bytes = static_cast<size_t>(parse_integer(flag, text(), 1, int64_t{1} << 32));
-    } else if (flag == "--drain-seconds") {
-      options.drain_seconds = integer(0, 86400);
-    } else {
-      throw usage_error("unknown flag \"" + flag + "\": see --help");
-    }
+  Flags flags("powerinfer-server", "serves a GGUF or PWRI model by OpenAI's protocol");
+  flags.add("--model", "FILE", "GGUF or PWRI model file", &options.model_path);
+  flags.add("--host", "ADDRESS", "address to listen on (127.0.0.1)", &options.host);
+  flags.add("--port", "N", "port (8080); 0: a free one, told by the line \"listening on http://HOST:PORT\"", &options.port);
+  flags.add("--api-key", "KEY", "asked of every request but /health; also by POWERINFER_API_KEY", &options.server.api_key);
+  flags.add("--served-model-name", "NAME", "the model's name in requests and answers (the file's)",
+            &options.server.model_name);
+  flags.add("--chat-template", "NAME", "chatml, llama2, llama3, vicuna, bamboo or a Jinja file (the file's template)",
+            &options.chat_template);
+  flags.add("--threads", "N", "threads of the model (0: one for each physical core)", &options.model.threads);
+  flags.add("--slots", "N", "sequences computed at once (8)", &options.model.slots);
+  flags.add("--context", "N", "tokens of one sequence, prompt and answer (0: the model's)", &options.model.context);
+  flags.add("--batch", "N", "most tokens in one forward pass (512)", &options.model.batch);
+  flags.add("--kv", "f16|packed", "keys and values in 16 bits, or keys in 4 and values in 2 bits (f16)", &kv);
+  flags.add("--dense", "compute every neuron, also where a file has predictors", &dense);
+  flags.add("--prompt-ffn", "dense|sparse", "neurons of prompt tokens: all, or those predicted (dense)", &prompt_ffn);
+  flags.add("--activation", "relu|silu", "in place of the file's activation", &options.model.activation);
+  flags.add("--isa", "NAME", "instruction set: plain, avx2 or avx512 (the best one here)", &options.model.isa);
+  flags.add("--queue", "N", "sequences that may wait (128); further requests get status 429", &options.engine.queue);
+  flags.add("--max-request-bytes", "N", "largest request body (4194304); larger ones get status 413", &max_request_bytes);
+  flags.add("--drain-seconds", "N", "time to finish after SIGTERM or SIGINT (30)", &options.drain_seconds);
+  flags.add("--version", "print the version", &options.print_version);
+  if (flags.parse(argc, argv)) {
+    std::fputs(flags.help().c_str(), stdout);
+    std::puts("\nexit status: 0 stopped by a signal, 1 other errors, 2 flags, 3 model file, 4 address or port, 5 memory");
+    return false;
+  }
+  if (options.print_version) {
+    std::puts("powerinfer-server " POWERINFER_VERSION);
+    return false;
   }
   if (options.model_path.empty()) throw usage_error("--model is missing: see --help");
-  if (options.model.batch <= options.model.slots) {
-    throw usage_error("--batch (" + std::to_string(options.model.batch) + ") must be larger than --slots (" +
-                      std::to_string(options.model.slots) + ")");
-  }
+  check_range("--port", options.port, 0, 65535);
+  check_range("--threads", options.model.threads, 0, 1024);
+  check_range("--slots", options.model.slots, 1, 1024);
+  check_range("--context", options.model.context, 0, 1 << 24);
+  check_range("--batch", options.model.batch, options.model.slots + 1, 1 << 16);
+  check_range("--queue", options.engine.queue, 0, 4096);
+  check_range("--max-request-bytes", max_request_bytes, 1, 1 << 30);
+  check_range("--drain-seconds", options.drain_seconds, 0, 86400);
+  options.model.kv = second("--kv", kv, "f16", "packed") ? KvType::kPacked : KvType::kF16;
+  options.model.prompt_ffn = second("--prompt-ffn", prompt_ffn, "dense", "sparse") ? FfnMode::kSparse : FfnMode::kDense;
+  if (dense) options.model.decode_ffn = FfnMode::kDense;
+  if (!options.model.activation.empty()) second("--activation", options.model.activation, "relu", "silu");
   options.engine.batch = options.model.batch;
+  options.server.max_request_bytes = static_cast<size_t>(max_request_bytes);
   options.server.queue = options.engine.queue;
   return true;
 }
