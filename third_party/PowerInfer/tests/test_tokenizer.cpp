@@ -193,6 +193,7 @@ TEST_CASE("texts are split as each family's expressions do") {
   CHECK(pieces(kSmollm, "a 12 b") == Strings{"a", " ", "1", "2", " b"});
   CHECK(pieces(kLlama3, "I'LL (go) 1234\n\n  x") ==
         Strings{"I", "'LL", " (", "go", ")", " ", "123", "4", "\n\n", " ", " x"});
+  CHECK(pieces(kLlama3, "'\u017Fo'so") == Strings{"'\u017F", "o", "'s", "o"});  // a long s is an s
   CHECK(pieces(kQwen2, "é12") == Strings{"é", "1", "2"});
   CHECK(pieces(kFalcon, "a-b 12345²") == Strings{"a", "-", "b", " ", "123", "45", "\xC2", "\xB2"});
   for (const auto kind : {kGpt2, kSmollm, kLlama3, kQwen2, kFalcon}) {
@@ -262,6 +263,15 @@ TEST_CASE("without byte tokens a run of unknown characters is one token; unused 
   CHECK(m.load()->encode("xyaz", false, true) == Ids{0, 1, 0});
   CHECK(m.load()->encode("ababa", false, true) == Ids{1, 2, 4});
   CHECK(m.load()->encode("bab", false, true) == Ids{2, 1, 2});
+}
+
+TEST_CASE("user-defined tokens are found first and merge with nothing") {
+  Metadata m;
+  m.string("tokenizer.ggml.model", "llama").strings("tokenizer.ggml.tokens", {"<unk>", "a", "b", "ab", "abb", "aab"});
+  m.ints("tokenizer.ggml.token_type", {2, 1, 1, 4, 1, 1}).floats("tokenizer.ggml.scores", {0, -9, -9, -1, -2, -2});
+  m.flag("tokenizer.ggml.add_space_prefix", false);
+  CHECK(m.load()->encode("abb", false, true) == Ids{3, 2});
+  CHECK(m.load()->encode("aab", false, true) == Ids{1, 3});
 }
 
 TEST_CASE("malformed SentencePiece vocabularies are refused") {
