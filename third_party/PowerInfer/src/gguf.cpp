@@ -59,6 +59,31 @@ T load(const uint8_t* from) {
   return value;
 }
 
+struct TypeInfo {
+  uint32_t number;
+  const char* name;
+  BlockSize block;
+};
+
+// ggml's tensor types
+constexpr TypeInfo kTypes[] = {
+    {0, "F32", {1, 4}},         {1, "F16", {1, 2}},         {2, "Q4_0", {32, 18}},      {3, "Q4_1", {32, 20}},
+    {6, "Q5_0", {32, 22}},      {7, "Q5_1", {32, 24}},      {8, "Q8_0", {32, 34}},      {9, "Q8_1", {32, 40}},
+    {10, "Q2_K", {256, 84}},    {11, "Q3_K", {256, 110}},   {12, "Q4_K", {256, 144}},   {13, "Q5_K", {256, 176}},
+    {14, "Q6_K", {256, 210}},   {15, "Q8_K", {256, 292}},   {16, "IQ2_XXS", {256, 66}}, {17, "IQ2_XS", {256, 74}},
+    {18, "IQ3_XXS", {256, 98}}, {19, "IQ1_S", {256, 50}},   {20, "IQ4_NL", {32, 18}},   {21, "IQ3_S", {256, 110}},
+    {22, "IQ2_S", {256, 82}},   {23, "IQ4_XS", {256, 136}}, {24, "I8", {1, 1}},         {25, "I16", {1, 2}},
+    {26, "I32", {1, 4}},        {27, "I64", {1, 8}},        {28, "F64", {1, 8}},        {29, "IQ1_M", {256, 56}},
+    {30, "BF16", {1, 2}},       {34, "TQ1_0", {256, 54}},   {35, "TQ2_0", {256, 66}},   {39, "MXFP4", {32, 17}},
+};
+
+const TypeInfo* type_info(TensorType type) {
+  for (const TypeInfo& info : kTypes) {
+    if (info.number == static_cast<uint32_t>(type)) return &info;
+  }
+  return nullptr;
+}
+
 std::string shape_text(std::span<const uint64_t> shape) {
   std::string text = "[";
   for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
@@ -68,46 +93,13 @@ std::string shape_text(std::span<const uint64_t> shape) {
 }  // namespace
 
 std::string type_name(TensorType type) {
-  switch (type) {
-    case TensorType::kF32:
-      return "F32";
-    case TensorType::kF16:
-      return "F16";
-    case TensorType::kQ4_0:
-      return "Q4_0";
-    case TensorType::kQ4_1:
-      return "Q4_1";
-    case TensorType::kQ8_0:
-      return "Q8_0";
-    case TensorType::kQ4_K:
-      return "Q4_K";
-    case TensorType::kQ6_K:
-      return "Q6_K";
-    case TensorType::kI32:
-      return "I32";
-  }
-  return "type " + std::to_string(static_cast<uint32_t>(type));
+  const TypeInfo* info = type_info(type);
+  return info ? info->name : "type " + std::to_string(static_cast<uint32_t>(type));
 }
 
 BlockSize block_size(TensorType type) {
-  switch (type) {
-    case TensorType::kF32:
-    case TensorType::kI32:
-      return {1, 4};
-    case TensorType::kF16:
-      return {1, 2};
-    case TensorType::kQ4_0:
-      return {32, 18};
-    case TensorType::kQ4_1:
-      return {32, 20};
-    case TensorType::kQ8_0:
-      return {32, 34};
-    case TensorType::kQ4_K:
-      return {256, 144};
-    case TensorType::kQ6_K:
-      return {256, 210};
-  }
-  return {0, 0};
+  const TypeInfo* info = type_info(type);
+  return info ? info->block : BlockSize{0, 0};
 }
 
 uint64_t GgufTensor::elements() const {
@@ -187,8 +179,7 @@ class GgufFile::Parser {
     tensor.type = static_cast<TensorType>(number<uint32_t>("a tensor's type"));
     const BlockSize block = block_size(tensor.type);
     if (block.elements == 0) {
-      file_.fail("has tensor " + quoted(tensor.name) + " of " + type_name(tensor.type) +
-                 "; F32, F16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K and I32 can be read");
+      file_.fail("has tensor " + quoted(tensor.name) + " of the unknown " + type_name(tensor.type));
     }
     if (tensor.shape[0] % block.elements) {
       file_.fail("has tensor " + quoted(tensor.name) + " with rows of " + std::to_string(tensor.shape[0]) +

@@ -29,11 +29,12 @@ enum class ValueType : uint32_t {
   kFloat64 = 12,
 };
 
+// Those that are named here; files with tensors of the others can be opened, not run.
 enum class TensorType : uint32_t { kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ8_0 = 8, kQ4_K = 12, kQ6_K = 14, kI32 = 26 };
 
-// "Q4_0" and the like; "type 17" for one that is not known.
+// "Q4_0" and the like; "type 99" for one that is not known.
 std::string type_name(TensorType type);
-// Elements of one block, and its bytes in a file.
+// Elements of one block, and its bytes in a file; 0 for a type that is not known.
 struct BlockSize {
   uint32_t elements;
   uint32_t bytes;
