@@ -21,29 +21,25 @@ inline Floats select(Ints condition, Floats yes, Floats no) {
 }
 inline Floats maximum(Floats a, Floats b) { return select(a > b, a, b); }
 
-inline float sum_of(Floats v) {
-  float x[kLanes];
-  save(x, v);
-  for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) x[i] += x[i + n];
-  return x[0];
+// Joins the lanes in halves: 0 .. 7 with 8 .. 15, and so on.
+template <typename V, typename F>
+inline V fold(V v, F join) {
+  v = join(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = join(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  v = join(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  return join(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
 }
-inline float largest_of(Floats v) {
-  float x[kLanes];
-  save(x, v);
-  for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
-  return x[0];
+inline float sum_of(Floats v) {
+  return fold(v, [](Floats a, Floats b) { return a + b; })[0];
 }
 inline int32_t sum_of(Ints v) {
-  int32_t total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+  return fold(v, [](Ints a, Ints b) { return a + b; })[0];
+}
+inline float largest_of(Floats v) {
+  return fold(v, [](Floats a, Floats b) { return maximum(a, b); })[0];
 }
 inline bool any(Ints v) {
-  int64_t x[kLanes / 2];
-  std::memcpy(x, &v, sizeof v);
-  return (x[0] | x[1] | x[2] | x[3] | x[4] | x[5] | x[6] | x[7]) != 0;
+  return fold(v, [](Ints a, Ints b) { return a | b; })[0] != 0;
 }
 
 // 2^x for x <= 0: 2e-7 relative; the polynomial is the Taylor series of 2^f on [-1/2, 1/2]. NaN, and -126 and below, give
@@ -201,9 +197,9 @@ void pack_token(const PackedLayout& layout, const float* key, const float* value
 
 // ---- packed tiles ----
 
-// A query in fixed point: 2 words for each group of a tile's keys.
+// A query in fixed point: the first and the second words of all groups of a tile's keys.
 struct FixedQuery {
-  alignas(64) int32_t words[kMaxPackedHead / 2];
+  alignas(64) int32_t words[2][kMaxPackedHead / 4];
   int32_t sum;  // of the fixed-point numbers
   float unit;   // score of 1/2 of a unit of the fixed point, a level and a scale of 1
   bool finite;
@@ -233,10 +229,10 @@ void fix_query(const PackedLayout& layout, const float* rotated, float scale, Fi
   }
   query.sum = sum_of(sum);
   query.unit = largest / kFixed * layout.tables->key_step * 0.5f * scale;
-  for (int group = 0; group < d / 4; ++group) {
-    int32_t four[4];
-    for (int i = 0; i < 4; ++i) four[i] = n[key_channel(d, group, i)];
-    fix(four, query.words + 2 * group);
+  for (int group = 0; group < d / 4; group += 4) {
+    int32_t in_order[kLanes];
+    for (int i = 0; i < kLanes; ++i) in_order[i] = n[key_channel(d, group + i / 4, i % 4)];
+    fix(in_order, query.words[0] + group, query.words[1] + group);
   }
 }
 
@@ -251,8 +247,8 @@ void score_rows(const PackedLayout& layout, const Tile& tile, const FixedQuery* 
       const uint8_t* keys = tile.keys + (group * kTokens + 16 * block) * 4;
       const Quads quads[2] = {quads_of_keys(keys), quads_of_keys(keys + 64)};
       for (int r = 0; r < N; ++r) {
-        sums[r][0].add(quads[0], queries[r].words + 2 * group);
-        sums[r][1].add(quads[1], queries[r].words + 2 * group);
+        sums[r][0].add(quads[0], queries[r].words[0][group], queries[r].words[1][group]);
+        sums[r][1].add(quads[1], queries[r].words[0][group], queries[r].words[1][group]);
       }
     }
     for (int r = 0; r < N; ++r)
@@ -264,9 +260,9 @@ void score_rows(const PackedLayout& layout, const Tile& tile, const FixedQuery* 
   }
 }
 
-// Weights of 64 positions in fixed point: 2 words for each 4 positions.
+// Weights of 64 positions in fixed point: the first and the second words of all fours.
 struct FixedWeights {
-  int32_t words[kTokens / 2];
+  int32_t words[2][kTokens / 4];
   int32_t sum;
   float unit;  // output of 1/2 of a unit of the fixed point and a level
 };
@@ -288,7 +284,7 @@ void fix_weights(const PackedLayout& layout, const float* weights, FixedWeights&
   }
   fixed.sum = sum_of(sum);
   fixed.unit = largest / kFixed * layout.tables->value_step * 0.5f;
-  for (int i = 0; i < kTokens / 4; ++i) fix(n + 4 * i, fixed.words + 2 * i);
+  for (int i = 0; i < kTokens / 4; i += 4) fix(n + 4 * i, fixed.words[0] + i, fixed.words[1] + i);
 }
 
 // rotated_out [N, head_size] += weights times values.
@@ -303,7 +299,7 @@ void add_values(const PackedLayout& layout, const Tile& tile, const FixedWeights
       const ValueBytes bytes(tile.values + (i * width + channel) * 4);
       for (int field = 0; field < 4; ++field) {
         const Quads quads = bytes.field(3 << 2 * field);
-        for (int r = 0; r < N; ++r) sums[r][field].add(quads, weights[r].words + 2 * i);
+        for (int r = 0; r < N; ++r) sums[r][field].add(quads, weights[r].words[0][i], weights[r].words[1][i]);
       }
     }
     for (int r = 0; r < N; ++r)

@@ -64,16 +64,13 @@ inline void save_half(uint16_t* out, Floats v) {
                       _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// Four integers of up to 15 bits and a sign: a word of high bytes and a word of low bytes, n = 256 * high + low.
-inline void fix(const int32_t* n, int32_t* words) {
-  uint32_t high = 0, low = 0;
-  for (int i = 0; i < 4; ++i) {
-    const int32_t l = ((n[i] & 255) ^ 128) - 128;
-    low |= static_cast<uint32_t>(l & 255) << 8 * i;
-    high |= static_cast<uint32_t>((n[i] - l) >> 8 & 255) << 8 * i;
-  }
-  words[0] = static_cast<int32_t>(high);
-  words[1] = static_cast<int32_t>(low);
+// 16 integers of up to 15 bits and a sign: for each four, a word of high bytes and one of low bytes, n = 256 * high + low.
+inline void fix(const int32_t* n, int32_t* first, int32_t* second) {
+  const __m512i all = _mm512_loadu_si512(n);
+  const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(all, 24), 24);
+  const __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(all, low), 8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm512_cvtepi32_epi8(high));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm512_cvtepi32_epi8(low));
 }
 
 // 4 bytes of each lane, in the form that an instruction multiplies.
@@ -88,9 +85,9 @@ constexpr int kKeyBias = 128;
 
 struct Sum {
   __m512i high = _mm512_setzero_si512(), low = _mm512_setzero_si512();
-  void add(Quads quads, const int32_t* words) {
-    high = _mm512_dpbusd_epi32(high, quads, _mm512_set1_epi32(words[0]));
-    low = _mm512_dpbusd_epi32(low, quads, _mm512_set1_epi32(words[1]));
+  void add(Quads quads, int32_t first, int32_t second) {
+    high = _mm512_dpbusd_epi32(high, quads, _mm512_set1_epi32(first));
+    low = _mm512_dpbusd_epi32(low, quads, _mm512_set1_epi32(second));
   }
   Ints total() const { return reinterpret_cast<Ints>(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low)); }
 };
@@ -188,10 +185,13 @@ inline void save_half(uint16_t* out, Floats v) {
                      _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
 }
 
-// Four integers of up to 15 bits and a sign: a word of numbers 0 and 2, and one of numbers 1 and 3.
-inline void fix(const int32_t* n, int32_t* words) {
-  for (int i = 0; i < 2; ++i)
-    words[i] = static_cast<int32_t>(static_cast<uint32_t>(n[i] & 0xffff) | static_cast<uint32_t>(n[i + 2] & 0xffff) << 16);
+// 16 integers of up to 15 bits and a sign: for each four, a word of numbers 0 and 2, and one of numbers 1 and 3.
+inline void fix(const int32_t* n, int32_t* first, int32_t* second) {
+  auto pair = [](int32_t a, int32_t b) { return static_cast<int32_t>((a & 0xffff) | static_cast<uint32_t>(b) << 16); };
+  for (int i = 0; i < 4; ++i) {
+    first[i] = pair(n[4 * i], n[4 * i + 2]);
+    second[i] = pair(n[4 * i + 1], n[4 * i + 3]);
+  }
 }
 
 // 4 bytes of each lane as 16-bit numbers: 0 and 2 apart from 1 and 3.
@@ -224,8 +224,8 @@ constexpr int kKeyBias = 0;
 
 struct Sum {
   __m256i lanes[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-  void add(const Quads& q, const int32_t* words) {
-    const __m256i even = _mm256_set1_epi32(words[0]), odd = _mm256_set1_epi32(words[1]);
+  void add(const Quads& q, int32_t first, int32_t second) {
+    const __m256i even = _mm256_set1_epi32(first), odd = _mm256_set1_epi32(second);
     for (int i = 0; i < 2; ++i)
       lanes[i] =
           _mm256_add_epi32(lanes[i], _mm256_add_epi32(_mm256_madd_epi16(q.even[i], even), _mm256_madd_epi16(q.odd[i], odd)));
@@ -336,10 +336,13 @@ inline void save_half(uint16_t* out, Floats v) {
   for (int i = 0; i < 16; ++i) out[i] = float_to_half(in[i]);
 }
 
-inline void fix(const int32_t* n, int32_t* words) {
-  for (int i = 0; i < 2; ++i)
-    words[i] =
-        static_cast<int32_t>(static_cast<uint32_t>(n[2 * i] & 0xffff) | static_cast<uint32_t>(n[2 * i + 1] & 0xffff) << 16);
+// 16 integers of up to 15 bits and a sign: for each four, a word of numbers 0 and 1, and one of numbers 2 and 3.
+inline void fix(const int32_t* n, int32_t* first, int32_t* second) {
+  auto pair = [](int32_t a, int32_t b) { return static_cast<int32_t>((a & 0xffff) | static_cast<uint32_t>(b) << 16); };
+  for (int i = 0; i < 4; ++i) {
+    first[i] = pair(n[4 * i], n[4 * i + 1]);
+    second[i] = pair(n[4 * i + 2], n[4 * i + 3]);
+  }
 }
 
 struct Quads {
@@ -367,11 +370,9 @@ constexpr int kKeyBias = 0;
 
 struct Sum {
   Ints lanes = {};
-  void add(const Quads& q, const int32_t* words) {
-    for (int i = 0; i < 4; ++i) {
-      const int32_t n = static_cast<int16_t>(words[i / 2] >> 16 * (i % 2));
-      lanes += q.numbers[i] * n;
-    }
+  void add(const Quads& q, int32_t first, int32_t second) {
+    lanes += q.numbers[0] * static_cast<int16_t>(first) + q.numbers[1] * (first >> 16);
+    lanes += q.numbers[2] * static_cast<int16_t>(second) + q.numbers[3] * (second >> 16);
   }
   Ints total() const { return lanes; }
 };
