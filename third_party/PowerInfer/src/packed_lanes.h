@@ -345,52 +345,85 @@ inline void fix(const int32_t* n, int32_t* first, int32_t* second) {
   }
 }
 
+// 4 bytes of each lane as floats: four products of them and of fixed-point numbers, and their sum, are exact. In parts of 16
+// bytes, which every CPU has vectors for.
+using FourFloats = float __attribute__((vector_size(16)));
+using FourInts = int32_t __attribute__((vector_size(16)));
+
 struct Quads {
-  Ints numbers[4];
+  FourFloats numbers[4][4];  // [number][lane / 4]
 };
+inline FourInts load_words(const uint8_t* bytes) {
+  FourInts w;
+  std::memcpy(&w, bytes, sizeof w);
+  return w;
+}
+inline FourFloats to_floats(FourInts x) { return __builtin_convertvector(x, FourFloats); }
 inline Quads quads_of_keys(const uint8_t* bytes) {
   Quads q;
-  for (int i = 0; i < 4; ++i)
-    for (int lane = 0; lane < kLanes; ++lane) q.numbers[i][lane] = static_cast<int8_t>(bytes[4 * lane + i]);
+  for (int part = 0; part < 4; ++part) {
+    const FourInts w = load_words(bytes + 16 * part);
+    q.numbers[0][part] = to_floats(w << 24 >> 24);
+    q.numbers[1][part] = to_floats(w << 16 >> 24);
+    q.numbers[2][part] = to_floats(w << 8 >> 24);
+    q.numbers[3][part] = to_floats(w >> 24);
+  }
   return q;
 }
 struct ValueBytes {
-  Quads all;
+  FourInts words[4];
   explicit ValueBytes(const uint8_t* at) {
-    for (int i = 0; i < 4; ++i)
-      for (int lane = 0; lane < kLanes; ++lane) all.numbers[i][lane] = at[4 * lane + i];
+    for (int part = 0; part < 4; ++part) words[part] = load_words(at + 16 * part);
   }
   Quads field(int mask) const {
     Quads q;
-    for (int i = 0; i < 4; ++i) q.numbers[i] = all.numbers[i] & mask;
+    for (int part = 0; part < 4; ++part)
+      for (int i = 0; i < 4; ++i) q.numbers[i][part] = to_floats(words[part] >> 8 * i & mask);
     return q;
   }
 };
 constexpr int kKeyBias = 0;
 
 struct Sum {
-  Ints lanes = {};
+  FourInts lanes[4] = {};
   void add(const Quads& q, int32_t first, int32_t second) {
-    lanes += q.numbers[0] * static_cast<int16_t>(first) + q.numbers[1] * (first >> 16);
-    lanes += q.numbers[2] * static_cast<int16_t>(second) + q.numbers[3] * (second >> 16);
+    const float n[4] = {static_cast<float>(static_cast<int16_t>(first)), static_cast<float>(first >> 16),
+                        static_cast<float>(static_cast<int16_t>(second)), static_cast<float>(second >> 16)};
+    for (int part = 0; part < 4; ++part) {
+      const FourFloats sum =
+          q.numbers[0][part] * n[0] + q.numbers[1][part] * n[1] + q.numbers[2][part] * n[2] + q.numbers[3][part] * n[3];
+      lanes[part] += __builtin_convertvector(sum, FourInts);
+    }
   }
-  Ints total() const { return lanes; }
+  Ints total() const {
+    Ints v;
+    std::memcpy(&v, lanes, sizeof v);
+    return v;
+  }
 };
 
 void unpack_keys(const PackedLayout& layout, const uint8_t* sub_page, Tile& tile) {
-  const int d = layout.head_size;
+  const int words = layout.head_size / 8;
+  // magnitude, and 8 more where the level is negative -> level
+  uint8_t levels[16];
+  for (int i = 0; i < 8; ++i) {
+    levels[i] = static_cast<uint8_t>(static_cast<int8_t>(layout.tables->key_grid[8 + i] - 0.5f));
+    levels[8 + i] = static_cast<uint8_t>(static_cast<int8_t>(layout.tables->key_grid[7 - i] - 0.5f));
+  }
   for (int position = 0; position < kTokens; ++position) {
-    const uint8_t* token = sub_page + token_of(position) * (d / 2);
-    for (int group = 0; group < d / 4; ++group) {
-      const uint8_t* word = token + group / 2 * 4;
-      for (int i = 0; i < 4; ++i) {
-        // channel `within` of the word's half
-        const int z = i / 2, within = group % 2 + i % 2 * 2;
-        const int magnitude = word[2 * z + within / 2] >> 4 * (within % 2) & 7;
-        const bool negative = word[within] >> (z ? 3 : 7) & 1;
-        const float grid = layout.tables->key_grid[negative ? 7 - magnitude : 8 + magnitude];
-        tile.keys[(group * kTokens + position) * 4 + i] = static_cast<uint8_t>(static_cast<int8_t>(grid - 0.5f));
-      }
+    const uint8_t* word = sub_page + token_of(position) * words * 4;
+    uint8_t* out = tile.keys + 4 * position;
+    for (int i = 0; i < words; ++i, word += 4, out += 8 * kTokens) {
+      const int b0 = word[0], b1 = word[1], b2 = word[2], b3 = word[3];
+      uint8_t* odd = out + 4 * kTokens;
+      out[0] = levels[(b0 & 7) | (b0 >> 4 & 8)];
+      out[1] = levels[(b1 & 7) | (b2 >> 4 & 8)];
+      out[2] = levels[(b2 & 7) | (b0 & 8)];
+      out[3] = levels[(b3 & 7) | (b2 & 8)];
+      odd[0] = levels[(b0 >> 4 & 7) | (b1 >> 4 & 8)];
+      odd[1] = levels[(b1 >> 4 & 7) | (b3 >> 4 & 8)];
+      odd[2] = levels[(b2 >> 4 & 7) | (b1 & 8)];
+      odd[3] = levels[(b3 >> 4 & 7) | (b3 & 8)];
     }
   }
 }
