@@ -12,42 +12,12 @@ constexpr float kFixed = 32512.0f;  // 127 * 256: the high byte of a fixed-point
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kMasked = -1e30f;
 constexpr float kLargest = 3.40282347e38f;
-constexpr Ints kLaneIndex = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-inline Floats to_float(Ints x) { return __builtin_convertvector(x, Floats); }
-inline Floats absolute(Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & 0x7fffffff); }
-inline Floats select(Ints condition, Floats yes, Floats no) {
-  return reinterpret_cast<Floats>((condition & reinterpret_cast<Ints>(yes)) | (~condition & reinterpret_cast<Ints>(no)));
-}
-inline Floats maximum(Floats a, Floats b) { return select(a > b, a, b); }
-
-// Joins the lanes in halves: 0 .. 7 with 8 .. 15, and so on.
-template <typename V, typename F>
-inline V fold(V v, F join) {
-  v = join(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  v = join(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-  v = join(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-  return join(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-}
-inline float sum_of(Floats v) {
-  return fold(v, [](Floats a, Floats b) { return a + b; })[0];
-}
-inline int32_t sum_of(Ints v) {
-  return fold(v, [](Ints a, Ints b) { return a + b; })[0];
-}
-inline float largest_of(Floats v) {
-  return fold(v, [](Floats a, Floats b) { return maximum(a, b); })[0];
-}
-inline bool any(Ints v) {
-  return fold(v, [](Ints a, Ints b) { return a | b; })[0] != 0;
-}
 
 // 2^x for x <= 0: 2e-7 relative; the polynomial is the Taylor series of 2^f on [-1/2, 1/2]. NaN, and -126 and below, give
 // 2^-126.
-inline Floats exp2_nonpositive(Floats x) {
+POWERINFER_INLINE Floats exp2_nonpositive(const Floats& exponent) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-  x = maximum(x, splat(-126.0f));
-  const Floats rounded = x + kRound, f = x - (rounded - kRound);
+  const Floats x = maximum(exponent, splat(-126.0f)), rounded = x + kRound, f = x - (rounded - kRound);
   Floats p = splat(1.5403530e-4f);
   p = p * f + 1.3333558e-3f;
   p = p * f + 9.6181291e-3f;
@@ -55,20 +25,17 @@ inline Floats exp2_nonpositive(Floats x) {
   p = p * f + 2.4022651e-1f;
   p = p * f + 6.9314718e-1f;
   p = p * f + 1.0f;
-  const Ints power = (reinterpret_cast<Ints>(rounded) - 0x4b400000 + 127) << 23;
-  return p * reinterpret_cast<Floats>(power);
+  const Ints power = (bits_of(rounded) - 0x4b400000 + 127) << 23;
+  return p * of_bits(power);
 }
 
 // ---- rotation and packing ----
 
-// One stage of butterflies within a vector: lanes i and i ^ stride become a + b and a - b.
+// One stage of butterflies within a vector: lanes i and i + stride become a + b and a - b.
 template <int stride>
-inline Floats butterflies(Floats x) {
-  const Floats other = __builtin_shufflevector(x, x, 0 ^ stride, 1 ^ stride, 2 ^ stride, 3 ^ stride, 4 ^ stride, 5 ^ stride,
-                                               6 ^ stride, 7 ^ stride, 8 ^ stride, 9 ^ stride, 10 ^ stride, 11 ^ stride,
-                                               12 ^ stride, 13 ^ stride, 14 ^ stride, 15 ^ stride);
-  const Ints minus = (kLaneIndex & stride) << (31 - __builtin_ctz(stride));
-  return other + reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) ^ minus);
+POWERINFER_INLINE Floats butterflies(const Floats& x) {
+  const Ints minus = (lane_index() & stride) << (31 - __builtin_ctz(stride));
+  return exchange<stride>(x) + of_bits(bits_of(x) ^ minus);
 }
 
 // H x or H^T x in place, unnormalized.
@@ -149,11 +116,11 @@ uint16_t quantize(const PackedLayout& layout, const float* x, const float* bound
     Ints c = {};
     Floats level = splat(grid[0]);
     for (int j = 0; j + 1 < codes; ++j) {
-      const Ints above = t >= splat(boundaries[j]);
+      const Ints above = t >= boundaries[j];
       c -= above;
       level = select(above, splat(grid[j + 1]), level);
     }
-    std::memcpy(code + i, &c, sizeof c);
+    save(code + i, c);
     save(terms + i, load(h + i) * level);
   }
   const float dot = tree_sum(terms, d);
@@ -223,9 +190,9 @@ void fix_query(const PackedLayout& layout, const float* rotated, float scale, Fi
   Ints sum = {};
   for (int i = 0; i < d; i += kLanes) {
     const Floats x = query.finite ? load(rotated + i) * inverse + kRound : splat(kRound);
-    const Ints rounded = reinterpret_cast<Ints>(x) - 0x4b400000;
+    const Ints rounded = bits_of(x) - 0x4b400000;
     sum += rounded;
-    std::memcpy(n + i, &rounded, sizeof rounded);
+    save(n + i, rounded);
   }
   query.sum = sum_of(sum);
   query.unit = largest / kFixed * layout.tables->key_step * 0.5f * scale;
@@ -241,18 +208,17 @@ template <int N>
 void score_rows(const PackedLayout& layout, const Tile& tile, const FixedQuery* queries, const float* key_scales,
                 float* scores) {
   const int groups = layout.head_size / 4;
-  for (int block = 0; block < 4; block += 2) {
-    Sum sums[N][2];
+  constexpr int kBlocks = (kSums + 1) / 2;
+  for (int block = 0; block < 4; block += kBlocks) {
+    Sum sums[N][kBlocks];
     for (int group = 0; group < groups; ++group) {
-      const uint8_t* keys = tile.keys + (group * kTokens + 16 * block) * 4;
-      const Quads quads[2] = {quads_of_keys(keys), quads_of_keys(keys + 64)};
-      for (int r = 0; r < N; ++r) {
-        sums[r][0].add(quads[0], queries[r].words[0][group], queries[r].words[1][group]);
-        sums[r][1].add(quads[1], queries[r].words[0][group], queries[r].words[1][group]);
-      }
+      Quads quads[kBlocks];
+      for (int k = 0; k < kBlocks; ++k) quads[k] = quads_of_keys(tile.keys + (group * kTokens + 16 * (block + k)) * 4);
+      for (int r = 0; r < N; ++r)
+        for (int k = 0; k < kBlocks; ++k) sums[r][k].add(quads[k], queries[r].words[0][group], queries[r].words[1][group]);
     }
     for (int r = 0; r < N; ++r)
-      for (int k = 0; k < 2; ++k) {
+      for (int k = 0; k < kBlocks; ++k) {
         const Ints twice = (sums[r][k].total() - kKeyBias * queries[r].sum) * 2 + queries[r].sum;
         save(scores + r * kTokens + 16 * (block + k),
              to_float(twice) * queries[r].unit * load(key_scales + 16 * (block + k)));
@@ -278,9 +244,9 @@ void fix_weights(const PackedLayout& layout, const float* weights, FixedWeights&
   Ints sum = {};
   for (int i = 0; i < kTokens; i += kLanes) {
     // adding 2^23 rounds to an integer, kept in the low bits
-    const Ints rounded = reinterpret_cast<Ints>(load(weights + i) * inverse + 8388608.0f) & 0xffff;
+    const Ints rounded = bits_of(load(weights + i) * inverse + 8388608.0f) & 0xffff;
     sum += rounded;
-    std::memcpy(n + i, &rounded, sizeof rounded);
+    save(n + i, rounded);
   }
   fixed.sum = sum_of(sum);
   fixed.unit = largest / kFixed * layout.tables->value_step * 0.5f;
@@ -294,23 +260,26 @@ void add_values(const PackedLayout& layout, const Tile& tile, const FixedWeights
   for (int first = 0; first < width; first += kLanes) {
     // the last vector of a width that is not a multiple of 16 overlaps the one before it
     const int channel = smaller(first, width - kLanes), fresh = first - channel;
-    Sum sums[N][4];
-    for (int i = 0; i < kTokens / 4; ++i) {
-      const ValueBytes bytes(tile.values + (i * width + channel) * 4);
-      for (int field = 0; field < 4; ++field) {
-        const Quads quads = bytes.field(3 << 2 * field);
-        for (int r = 0; r < N; ++r) sums[r][field].add(quads, weights[r].words[0][i], weights[r].words[1][i]);
+    for (int start = 0; start < 4; start += kSums) {
+      Sum sums[N][kSums];
+      for (int i = 0; i < kTokens / 4; ++i) {
+        const ValueBytes bytes(tile.values + (i * width + channel) * 4);
+        Quads quads[kSums];
+        for (int k = 0; k < kSums; ++k) quads[k] = bytes.field(3 << 2 * (start + k));
+        for (int r = 0; r < N; ++r)
+          for (int k = 0; k < kSums; ++k) sums[r][k].add(quads[k], weights[r].words[0][i], weights[r].words[1][i]);
       }
+      for (int r = 0; r < N; ++r)
+        for (int k = 0; k < kSums; ++k) {
+          // code - 2 + 1/2, twice
+          const int field = start + k;
+          const Ints twice = (sums[r][k].total() >> 2 * field) * 2 - 3 * weights[r].sum;
+          const Floats added = to_float(twice) * weights[r].unit;
+          float* out = rotated_out + r * d + field * width + channel;
+          const Floats before = load(out);
+          save(out, select(lane_index() >= fresh, before + added, before));
+        }
     }
-    for (int r = 0; r < N; ++r)
-      for (int field = 0; field < 4; ++field) {
-        // code - 2 + 1/2, twice
-        const Ints twice = (sums[r][field].total() >> 2 * field) * 2 - 3 * weights[r].sum;
-        const Floats added = to_float(twice) * weights[r].unit;
-        float* out = rotated_out + r * d + field * width + channel;
-        const Floats before = load(out);
-        save(out, select(kLaneIndex >= fresh, before + added, before));
-      }
   }
 }
 
@@ -445,7 +414,7 @@ void packed_tile(Block& b, const uint8_t* sub_page, int start, int first) {
   load_scales(sub_page + layout.key_scale_offset, key_scales);
   load_scales(sub_page + layout.value_scale_offset, value_scales);
   Ints token[4];
-  for (int k = 0; k < 4; ++k) token[k] = start + (kLaneIndex >> 1 << 3) + 2 * k + (kLaneIndex & 1);
+  for (int k = 0; k < 4; ++k) token[k] = (lane_index() >> 1 << 3) + (lane_index() & 1) + (start + 2 * k);
   unpack_keys(layout, sub_page, b.tile);
   score_tile(layout, b.tile, b.fixed_query, first, b.rows, key_scales, b.scores);
   for (int row = first; row < b.rows; ++row) {
@@ -467,7 +436,7 @@ void packed_tile(Block& b, const uint8_t* sub_page, int start, int first) {
   add_tile(layout, b.tile, b.weights, first, b.rows, b.packed_out);
 }
 
-inline float dot(const float* a, const float* b, int d) {
+POWERINFER_INLINE float dot(const float* a, const float* b, int d) {
   Floats sum = {};
   for (int i = 0; i < d; i += kLanes) sum += load(a + i) * load(b + i);
   return sum_of(sum);
@@ -508,7 +477,7 @@ void exact_tile(Block& b, const PackedRegion& place, uint8_t* region, int start,
     for (int token = row_window; token < row_end; ++token) scores[token] = dot(b.query + row * d, b.exact + token * d, d);
     Ints seen[4];
     for (int k = 0; k < 4; ++k) {
-      const Ints token = kLaneIndex + 16 * k;
+      const Ints token = lane_index() + 16 * k;
       seen[k] = (token < row_sinks) | ((token >= row_window) & (token < row_end));
     }
     weigh(b, row, seen);

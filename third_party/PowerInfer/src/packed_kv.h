@@ -109,8 +109,9 @@ struct PackedKernels {
   void (*accumulate)(const PackedLayout& layout, const uint8_t* sub_page, int tokens, const float* probabilities,
                      int num_queries, float* rotated_out);
 
-  // Stores one token's key and value [head_size]: packed and in fp16. Tokens may be stored in any order and by any threads
-  // within the kAhead tokens beyond the oldest query not yet attended.
+  // Stores one token's key and value [head_size]: packed and in fp16. Tokens may be stored in any order and by any threads,
+  // also while others are attended, but none beyond kAhead tokens after the oldest query not yet attended: a prompt goes
+  // through a layer's attention 64 tokens at a time, all stored and then all attended.
   void (*store)(const PackedRegion& place, uint8_t* region, int position, const float* key, const float* value);
 
   // Attention of `group` query heads that share this kv head, for `positions` consecutive tokens from `position` on; needs

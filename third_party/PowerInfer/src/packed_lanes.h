@@ -11,30 +11,12 @@
 #endif
 
 #include "packed_kv.h"
+#include "vectors16.h"
 
 namespace powerinfer {
 namespace {
 
 constexpr int kTokens = kSubPageTokens;
-constexpr int kLanes = 16;
-
-using Floats = float __attribute__((vector_size(64)));
-using Ints = int32_t __attribute__((vector_size(64)));
-
-inline Floats load(const float* x) {
-  Floats v;
-  std::memcpy(&v, x, sizeof v);
-  return v;
-}
-inline void save(float* out, Floats v) { std::memcpy(out, &v, sizeof v); }
-inline Ints load(const int32_t* x) {
-  Ints v;
-  std::memcpy(&v, x, sizeof v);
-  return v;
-}
-inline Floats splat(float x) { return Floats{} + x; }
-inline Ints splat(int32_t x) { return Ints{} + x; }
-
 inline int smaller(int a, int b) { return a < b ? a : b; }
 inline int larger(int a, int b) { return a > b ? a : b; }
 inline int token_of(int position) { return (position & 15) >> 1 << 3 | position >> 4 << 1 | (position & 1); }
@@ -57,11 +39,11 @@ inline int key_channel(int head_size, int group, int i) {
 #if defined(__AVX512VNNI__)
 
 inline Floats load_half(const uint16_t* x) {
-  return reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
+  return {{_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)))}};
 }
-inline void save_half(uint16_t* out, Floats v) {
+inline void save_half(uint16_t* out, const Floats& v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
-                      _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+                      _mm512_cvtps_ph(v.part[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 // 16 integers of up to 15 bits and a sign: for each four, a word of high bytes and one of low bytes, n = 256 * high + low.
@@ -81,6 +63,7 @@ struct ValueBytes {
   explicit ValueBytes(const uint8_t* at) : bytes(_mm512_loadu_si512(at)) {}
   Quads field(int mask) const { return _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(mask))); }
 };
+constexpr int kSums = 4;  // of each of 3 rows, in registers
 constexpr int kKeyBias = 128;
 
 struct Sum {
@@ -89,7 +72,7 @@ struct Sum {
     high = _mm512_dpbusd_epi32(high, quads, _mm512_set1_epi32(first));
     low = _mm512_dpbusd_epi32(low, quads, _mm512_set1_epi32(second));
   }
-  Ints total() const { return reinterpret_cast<Ints>(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low)); }
+  Ints total() const { return {{reinterpret_cast<IntPart>(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low))}}; }
 };
 
 // 16 x 16 transpose of 32-bit words.
@@ -172,17 +155,13 @@ void unpack_values(const PackedLayout& layout, const uint8_t* sub_page, Tile& ti
 #elif defined(__AVX2__)
 
 inline Floats load_half(const uint16_t* x) {
-  float out[16];
-  for (int i = 0; i < 16; i += 8)
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
-  return load(out);
+  Floats v;
+  for (int i = 0; i < 2; ++i) v.part[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + 8 * i)));
+  return v;
 }
-inline void save_half(uint16_t* out, Floats v) {
-  float in[16];
-  save(in, v);
-  for (int i = 0; i < 16; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
+inline void save_half(uint16_t* out, const Floats& v) {
+  for (int i = 0; i < 2; ++i)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8 * i), _mm256_cvtps_ph(v.part[i], _MM_FROUND_TO_NEAREST_INT));
 }
 
 // 16 integers of up to 15 bits and a sign: for each four, a word of numbers 0 and 2, and one of numbers 1 and 3.
@@ -220,6 +199,7 @@ struct ValueBytes {
     return q;
   }
 };
+constexpr int kSums = 1;  // of each of 3 rows, in registers
 constexpr int kKeyBias = 0;
 
 struct Sum {
@@ -230,11 +210,7 @@ struct Sum {
       lanes[i] =
           _mm256_add_epi32(lanes[i], _mm256_add_epi32(_mm256_madd_epi16(q.even[i], even), _mm256_madd_epi16(q.odd[i], odd)));
   }
-  Ints total() const {
-    Ints v;
-    std::memcpy(&v, lanes, sizeof v);
-    return v;
-  }
+  Ints total() const { return {{reinterpret_cast<IntPart>(lanes[0]), reinterpret_cast<IntPart>(lanes[1])}}; }
 };
 
 // 8 x 8 transpose of 32-bit words.
@@ -330,7 +306,7 @@ inline Floats load_half(const uint16_t* x) {
   }
   return load(out);
 }
-inline void save_half(uint16_t* out, Floats v) {
+inline void save_half(uint16_t* out, const Floats& v) {
   float in[16];
   save(in, v);
   for (int i = 0; i < 16; ++i) out[i] = float_to_half(in[i]);
@@ -345,61 +321,39 @@ inline void fix(const int32_t* n, int32_t* first, int32_t* second) {
   }
 }
 
-// 4 bytes of each lane as floats: four products of them and of fixed-point numbers, and their sum, are exact. In parts of 16
-// bytes, which every CPU has vectors for.
-using FourFloats = float __attribute__((vector_size(16)));
-using FourInts = int32_t __attribute__((vector_size(16)));
-
+// 4 bytes of each lane as floats: four products of them and of fixed-point numbers, and their sum, are exact.
 struct Quads {
-  FourFloats numbers[4][4];  // [number][lane / 4]
+  Floats numbers[4];
 };
-inline FourInts load_words(const uint8_t* bytes) {
-  FourInts w;
-  std::memcpy(&w, bytes, sizeof w);
+inline Ints load_words(const uint8_t* bytes) {
+  Ints w;
+  load_parts(w, bytes);
   return w;
 }
-inline FourFloats to_floats(FourInts x) { return __builtin_convertvector(x, FourFloats); }
 inline Quads quads_of_keys(const uint8_t* bytes) {
-  Quads q;
-  for (int part = 0; part < 4; ++part) {
-    const FourInts w = load_words(bytes + 16 * part);
-    q.numbers[0][part] = to_floats(w << 24 >> 24);
-    q.numbers[1][part] = to_floats(w << 16 >> 24);
-    q.numbers[2][part] = to_floats(w << 8 >> 24);
-    q.numbers[3][part] = to_floats(w >> 24);
-  }
-  return q;
+  const Ints w = load_words(bytes);
+  return {{to_float(w << 24 >> 24), to_float(w << 16 >> 24), to_float(w << 8 >> 24), to_float(w >> 24)}};
 }
 struct ValueBytes {
-  FourInts words[4];
-  explicit ValueBytes(const uint8_t* at) {
-    for (int part = 0; part < 4; ++part) words[part] = load_words(at + 16 * part);
-  }
+  Ints words;
+  explicit ValueBytes(const uint8_t* at) : words(load_words(at)) {}
   Quads field(int mask) const {
-    Quads q;
-    for (int part = 0; part < 4; ++part)
-      for (int i = 0; i < 4; ++i) q.numbers[i][part] = to_floats(words[part] >> 8 * i & mask);
-    return q;
+    return {
+        {to_float(words & mask), to_float(words >> 8 & mask), to_float(words >> 16 & mask), to_float(words >> 24 & mask)}};
   }
 };
+constexpr int kSums = 1;  // of each of 3 rows, in registers
 constexpr int kKeyBias = 0;
 
 struct Sum {
-  FourInts lanes[4] = {};
+  Ints lanes = {};
   void add(const Quads& q, int32_t first, int32_t second) {
-    const float n[4] = {static_cast<float>(static_cast<int16_t>(first)), static_cast<float>(first >> 16),
-                        static_cast<float>(static_cast<int16_t>(second)), static_cast<float>(second >> 16)};
-    for (int part = 0; part < 4; ++part) {
-      const FourFloats sum =
-          q.numbers[0][part] * n[0] + q.numbers[1][part] * n[1] + q.numbers[2][part] * n[2] + q.numbers[3][part] * n[3];
-      lanes[part] += __builtin_convertvector(sum, FourInts);
-    }
+    const Floats sum =
+        q.numbers[0] * static_cast<float>(static_cast<int16_t>(first)) + q.numbers[1] * static_cast<float>(first >> 16) +
+        q.numbers[2] * static_cast<float>(static_cast<int16_t>(second)) + q.numbers[3] * static_cast<float>(second >> 16);
+    for (int i = 0; i < kParts; ++i) lanes.part[i] += __builtin_convertvector(sum.part[i], IntPart);
   }
-  Ints total() const {
-    Ints v;
-    std::memcpy(&v, lanes, sizeof v);
-    return v;
-  }
+  Ints total() const { return lanes; }
 };
 
 void unpack_keys(const PackedLayout& layout, const uint8_t* sub_page, Tile& tile) {

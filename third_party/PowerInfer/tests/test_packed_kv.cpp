@@ -1,6 +1,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <fstream>
@@ -9,6 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "errors.h"
@@ -470,6 +472,24 @@ TEST_CASE("what follows a truncation is what a fresh slot gives") {
     kernels.attend(sequence.place, sequence.region, t, 1, 1, &queries[at], out.data(), d, 0.125f);
     REQUIRE(std::memcmp(out.data(), &want[at], sizeof_floats(d)) == 0);
   }
+}
+
+TEST_CASE("tokens may be stored while those before them are attended") {
+  constexpr int d = 80, tokens = 512, step = PackedRegion::kAhead / 2;
+  const PackedKernels& kernels = packed_kernels(detect_isa());
+  const auto queries = normal(tokens * d, 9);
+  Sequence alone(d, tokens, 20), shared(d, tokens, 20);
+  const auto want = alone.run(kernels, queries, 1, 1);
+  std::vector<float> out(queries.size(), kNaN);
+  shared.store(kernels, 0, step);
+  for (int t = 0; t < tokens; t += step) {
+    std::thread writer([&] { shared.store(kernels, t + step, std::min(tokens, t + 2 * step)); });
+    const size_t at = static_cast<size_t>(t * d);
+    kernels.attend(shared.place, shared.region, t, step, 1, &queries[at], &out[at], d,
+                   1.0f / std::sqrt(static_cast<float>(d)));
+    writer.join();
+  }
+  CHECK(std::memcmp(out.data(), want.data(), out.size() * 4) == 0);
 }
 
 TEST_CASE("sizes of a region") {
