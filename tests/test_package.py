@@ -19,7 +19,10 @@ def run_fresh(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("module", ["vllm_powerquant", "vllm_powerquant.config", "vllm_powerquant.model"])
+@pytest.mark.parametrize(
+    "module",
+    ["vllm_powerquant", "vllm_powerquant.config", "vllm_powerquant.model", "vllm_powerquant.sparse.convert"],
+)
 def test_import_loads_no_heavy_library(module):
     heavy = ("torch", "vllm", "transformers", "numpy", "gguf")
     loaded = run_fresh(f"import sys, {module}; print(*[name for name in {heavy!r} if name in sys.modules])")

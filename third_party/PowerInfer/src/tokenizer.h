@@ -18,7 +18,9 @@ class Tokenizer {
   static std::unique_ptr<Tokenizer> load(const GgufFile& file);
   virtual ~Tokenizer() = default;
 
-  // Ids of UTF-8 text; bytes that are no UTF-8 are taken one by one and never lost or refused.
+  // Ids of UTF-8 text; bytes that are no UTF-8 are taken one by one and never refused. What the vocabulary has no token for
+  // becomes what the reference makes of it: SentencePiece's unknown token, and nothing in byte-level BPE (some vocabularies
+  // lack some control characters' bytes). Throws Error(kRequest) for a text of more than 512 MB.
   // add_special: put the beginning-of-text token in front where the model wants one (and the end token after it likewise).
   // parse_special: take the text of control tokens ("<|im_start|>") as those tokens, not as text.
   virtual std::vector<int32_t> encode(std::string_view text, bool add_special, bool parse_special) const = 0;
@@ -27,7 +29,8 @@ class Tokenizer {
   // `with_special`. SentencePiece's leading space is not removed here: see decode.
   virtual std::string token_bytes(int32_t token, bool with_special = false) const = 0;
 
-  // Text of whole sequences, with the space removed that SentencePiece put in front.
+  // Text of whole sequences, with the space removed that SentencePiece put in front; always UTF-8: a character that is not
+  // whole becomes U+FFFD. Ids that are not in the vocabulary add nothing.
   virtual std::string decode(const std::vector<int32_t>& tokens, bool with_special = false) const = 0;
 
   virtual int32_t vocabulary_size() const = 0;
