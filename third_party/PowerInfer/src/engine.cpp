@@ -336,6 +336,8 @@ void Engine::State::forward(const std::vector<Step>& steps, const std::vector<Re
   {
     std::lock_guard lock(mutex);
     ++stats.forward_passes;
+    stats.activity = model.activity();  // of this thread, like all the model's state
+    stats.kv_bytes = model.kv_bytes();
     stats.prompt_tokens += prompt_tokens;
     (prompt_tokens > 0 ? stats.prompt_seconds : stats.decode_seconds) += seconds;
   }

@@ -65,6 +65,8 @@ struct EngineStats {
   uint64_t requests = 0, prompt_tokens = 0, cached_prompt_tokens = 0, generated_tokens = 0;
   double prompt_seconds = 0, decode_seconds = 0;  // of forward passes with and without prompt tokens
   uint64_t forward_passes = 0;
+  Model::Activity activity;  // the model's, after the last pass
+  uint64_t kv_bytes = 0;
 };
 
 class Engine {

@@ -22,6 +22,7 @@ constexpr int kCoefficientNeurons = 256;  // neurons whose 16-bit coefficients s
 //   lanes  int8  [groups][8][16][4]     element 4 j + i of block 16 g + b at [g][j][b][i]; groups of 16 blocks, zero-filled
 //   scale  fp32  [16 groups]
 //   sums   int32 [groups][2][16]        of the first and of the second half of each block
+//   minus_8 int32 [16 groups]           -8 times the sum of each block: what the offset of 4-bit codes adds
 struct ActivationLayout {
   explicit ActivationLayout(int k_)
       : k(k_),
@@ -30,10 +31,11 @@ struct ActivationLayout {
         lanes((static_cast<size_t>(k_) + 63) / 64 * 64),
         scale(lanes + static_cast<size_t>(groups) * 512),
         sums(scale + static_cast<size_t>(groups) * 64),
-        bytes(sums + static_cast<size_t>(groups) * 128) {}
+        minus_8(sums + static_cast<size_t>(groups) * 128),
+        bytes(minus_8 + static_cast<size_t>(groups) * 64) {}
   int k, blocks, groups;
-  size_t lanes, scale, sums;  // offsets in bytes; q is at 0
-  size_t bytes;               // of one token, a multiple of 64
+  size_t lanes, scale, sums, minus_8;  // offsets in bytes; q is at 0
+  size_t bytes;                        // of one token, a multiple of 64
 };
 
 // Packed matrices: 16 rows together, one vector lane a row. Of each group of 16 rows, for the block kb of 32 columns:

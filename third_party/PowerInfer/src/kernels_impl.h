@@ -1,5 +1,12 @@
 // Bodies of the kernels, written once on the vectors of simd_*.h; included by kernels_*.cpp inside that level's namespace.
 
+// Tiles live in registers only where the loops over them are unrolled.
+#if defined(__clang__)
+#define POWERINFER_UNROLL _Pragma("unroll")
+#else
+#define POWERINFER_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace {
 
 // Element types of rows: 16 elements from element i on, as floats.
@@ -25,25 +32,34 @@ void prefetch_range(const uint8_t* p, size_t bytes) {
 template <typename Element, int R, int T>
 inline void rows_tile(const uint8_t* const* rows, int k, const float* x, size_t x_stride, float* y, size_t y_stride) {
   Floats acc[R][T];
+  POWERINFER_UNROLL
   for (int r = 0; r < R; ++r) {
+    POWERINFER_UNROLL
     for (int t = 0; t < T; ++t) acc[r][t] = zero();
   }
   int i = 0;
   for (; i + 16 <= k; i += 16) {
     Floats w[R];
+    POWERINFER_UNROLL
     for (int r = 0; r < R; ++r) w[r] = Element::at(rows[r], i);
+    POWERINFER_UNROLL
     for (int t = 0; t < T; ++t) {
       const Floats xt = load(x + t * x_stride + i);
+      POWERINFER_UNROLL
       for (int r = 0; r < R; ++r) acc[r][t] = fma(w[r], xt, acc[r][t]);
     }
   }
   if (i < k) {
+    POWERINFER_UNROLL
     for (int t = 0; t < T; ++t) {
       const Floats xt = load(x + t * x_stride + i, k - i);
+      POWERINFER_UNROLL
       for (int r = 0; r < R; ++r) acc[r][t] = fma(Element::at(rows[r], i, k - i), xt, acc[r][t]);
     }
   }
+  POWERINFER_UNROLL
   for (int t = 0; t < T; ++t) {
+    POWERINFER_UNROLL
     for (int r = 0; r < R; ++r) y[t * y_stride + r] = sum(acc[r][t]);
   }
 }
@@ -99,20 +115,22 @@ void quantize(const float* x, const ActivationLayout& layout, uint8_t* activatio
   auto* lanes = reinterpret_cast<int8_t*>(activation + layout.lanes);
   auto* scale = reinterpret_cast<float*>(activation + layout.scale);
   auto* sums = reinterpret_cast<int32_t*>(activation + layout.sums);
+  auto* minus_8 = reinterpret_cast<int32_t*>(activation + layout.minus_8);
   std::memset(activation + layout.lanes, 0, layout.bytes - layout.lanes);
   for (int b = 0; b < layout.blocks; ++b) {
     const Floats first = load(x + b * kBlock), second = load(x + b * kBlock + 16);
     const float largest = max_lane(max(abs(first), abs(second)));
     scale[b] = largest / 127.0f;
     const Floats inverse = broadcast(largest > 0.0f ? 127.0f / largest : 0.0f);
-    alignas(64) int32_t rounded[kBlock];
-    store_ints(rounded, round(mul(first, inverse)));
-    store_ints(rounded + 16, round(mul(second, inverse)));
-    for (int i = 0; i < kBlock; ++i) {
-      q[b * kBlock + i] = static_cast<int8_t>(rounded[i]);
-      sums[b / 16 * 32 + i / 16 * 16 + b % 16] += static_cast<int8_t>(rounded[i]);
-      lanes[b / 16 * 512 + i / 4 * 64 + b % 16 * 4 + i % 4] = static_cast<int8_t>(rounded[i]);
-    }
+    const Ints a = round(mul(first, inverse)), c = round(mul(second, inverse));
+    store_int8(q + b * kBlock, a);
+    store_int8(q + b * kBlock + 16, c);
+    const int group = b / 16, lane = b % 16;
+    sums[group * 32 + lane] = sum_ints(a);
+    sums[group * 32 + 16 + lane] = sum_ints(c);
+    minus_8[b] = -8 * (sums[group * 32 + lane] + sums[group * 32 + 16 + lane]);
+    POWERINFER_UNROLL
+    for (int j = 0; j < 8; ++j) std::memcpy(lanes + group * 512 + j * 64 + lane * 4, q + b * kBlock + 4 * j, 4);
   }
 }
 
@@ -122,14 +140,15 @@ struct Activation {
       : q(at),
         lanes(at + layout.lanes),
         scale(reinterpret_cast<const float*>(at + layout.scale)),
-        sums(reinterpret_cast<const int32_t*>(at + layout.sums)) {}
+        sums(reinterpret_cast<const int32_t*>(at + layout.sums)),
+        minus_8(reinterpret_cast<const int32_t*>(at + layout.minus_8)) {}
   const uint8_t* q;
   const uint8_t* lanes;
   const float* scale;
   const int32_t* sums;
+  const int32_t* minus_8;
 
   int32_t half_sum(int block, int half) const { return sums[block / 16 * 32 + half * 16 + block % 16]; }
-  int32_t sum(int block) const { return half_sum(block, 0) + half_sum(block, 1); }
 };
 
 int32_t load_int32(const uint8_t* p) {
@@ -141,6 +160,7 @@ int32_t load_int32(const uint8_t* p) {
 // Low and high nibbles of four planes: u[j] holds, of each lane, columns 4 j .. 4 j + 3.
 inline void unpack_nibbles(const uint8_t* planes, Ints u[8]) {
   const Ints low = broadcast_int(0x0f0f0f0f);
+  POWERINFER_UNROLL
   for (int p = 0; p < 4; ++p) {
     const Ints both = load_ints(planes + 64 * p);
     u[2 * p] = and_ints(both, low);
@@ -154,7 +174,7 @@ inline void unpack_nibbles(const uint8_t* planes, Ints u[8]) {
 struct Q4_0 {
   static constexpr size_t kBlockBytes = 256, kScaleBytes = 32;
   static void unpack(const uint8_t* codes, int block, Ints u[8]) { unpack_nibbles(codes + block * kBlockBytes, u); }
-  static Ints start(const Activation& x, int block) { return broadcast_int(-8 * x.sum(block)); }
+  static Ints start(const Activation& x, int block) { return broadcast_int(x.minus_8[block]); }
   static Ints dot(Ints acc, Ints u, Ints q) { return dot_small_bytes(acc, u, q); }
   static Floats finish(Floats total, Ints acc, const uint8_t* scales, int block, int, const Activation& x) {
     const Floats scale = mul(load_half(halves(scales) + 16 * block), broadcast(x.scale[block]));
@@ -171,7 +191,7 @@ struct Q4_1 {
     const Floats scale = mul(load_half(halves(scales) + 16 * block), broadcast(x.scale[block]));
     const Floats minimum = load_half(halves(scales) + 16 * (blocks + block));
     total = fma(to_floats(acc), scale, total);
-    return fma(minimum, broadcast(x.scale[block] * static_cast<float>(x.sum(block))), total);
+    return fma(minimum, broadcast(x.scale[block] * static_cast<float>(x.minus_8[block]) * -0.125f), total);
   }
 };
 
@@ -180,9 +200,10 @@ struct Q8_0 {
   static void unpack(const uint8_t* codes, int block, Ints u[8]) {
     // + 128: the product's first factor is unsigned
     const Ints flip = broadcast_int(static_cast<int32_t>(0x80808080));
+    POWERINFER_UNROLL
     for (int j = 0; j < 8; ++j) u[j] = xor_ints(load_ints(codes + block * kBlockBytes + 64 * j), flip);
   }
-  static Ints start(const Activation& x, int block) { return broadcast_int(-128 * x.sum(block)); }
+  static Ints start(const Activation& x, int block) { return shift_left<4>(broadcast_int(x.minus_8[block])); }
   static Ints dot(Ints acc, Ints u, Ints q) { return dot_bytes(acc, u, q); }
   static Floats finish(Floats total, Ints acc, const uint8_t* scales, int block, int, const Activation& x) {
     const Floats scale = mul(load_half(halves(scales) + 16 * block), broadcast(x.scale[block]));
@@ -193,14 +214,17 @@ struct Q8_0 {
 template <typename Format, int T>
 inline void packed_group(const uint8_t* codes, const ActivationLayout& layout, const uint8_t* x, Floats* totals) {
   const uint8_t* scales = codes + layout.blocks * Format::kBlockBytes;
+  POWERINFER_UNROLL
   for (int t = 0; t < T; ++t) totals[t] = zero();
   for (int block = 0; block < layout.blocks; ++block) {
     Ints u[8];
     Format::unpack(codes, block, u);
+    POWERINFER_UNROLL
     for (int t = 0; t < T; ++t) {
       const Activation token(layout, x + t * layout.bytes);
       const uint8_t* q = token.q + block * kBlock;
       Ints even = Format::start(token, block), odd = broadcast_int(0);
+      POWERINFER_UNROLL
       for (int j = 0; j < 8; j += 2) {
         even = Format::dot(even, u[j], broadcast_int(load_int32(q + 4 * j)));
         odd = Format::dot(odd, u[j + 1], broadcast_int(load_int32(q + 4 * j + 4)));
@@ -217,9 +241,11 @@ inline void q6_k_group(const uint8_t* codes, const ActivationLayout& layout, con
   const auto* sub_scales = reinterpret_cast<const int8_t*>(high + layout.blocks * size_t{128});
   const uint8_t* scales = high + layout.blocks * size_t{128 + 32};
   const Ints top = broadcast_int(0x30303030);
+  POWERINFER_UNROLL
   for (int t = 0; t < T; ++t) totals[t] = zero();
   for (int super = 0; super < layout.blocks / 8; ++super) {
     Floats partial[T];
+    POWERINFER_UNROLL
     for (int t = 0; t < T; ++t) partial[t] = zero();
     for (int block = 8 * super; block < 8 * super + 8; ++block) {
       Ints u[8];
@@ -235,10 +261,12 @@ inline void q6_k_group(const uint8_t* codes, const ActivationLayout& layout, con
       u[7] = or_ints(u[7], and_ints(shift_right<2>(h1), top));
       const Floats s0 = to_floats(load_int8(sub_scales + 32 * block)),
                    s1 = to_floats(load_int8(sub_scales + 32 * block + 16));
+      POWERINFER_UNROLL
       for (int t = 0; t < T; ++t) {
         const Activation token(layout, x + t * layout.bytes);
         const uint8_t* q = token.q + block * kBlock;
         Ints first = broadcast_int(-32 * token.half_sum(block, 0)), second = broadcast_int(-32 * token.half_sum(block, 1));
+        POWERINFER_UNROLL
         for (int j = 0; j < 4; ++j) {
           first = dot_small_bytes(first, u[j], broadcast_int(load_int32(q + 4 * j)));
           second = dot_small_bytes(second, u[j + 4], broadcast_int(load_int32(q + 4 * j + 16)));
@@ -248,6 +276,7 @@ inline void q6_k_group(const uint8_t* codes, const ActivationLayout& layout, con
       }
     }
     const Floats scale = load_half(halves(scales) + 16 * super);
+    POWERINFER_UNROLL
     for (int t = 0; t < T; ++t) totals[t] = fma(partial[t], scale, totals[t]);
   }
 }
@@ -265,6 +294,7 @@ void packed_tokens(const uint8_t* data, size_t group_bytes, int rows, const Acti
       packed_group<Format, T>(data, layout, x, totals);
     }
     const int left = rows - r;
+    POWERINFER_UNROLL
     for (int t = 0; t < T; ++t) {
       if (left >= kGroupRows) {
         store(y + t * y_stride + r, totals[t]);
@@ -294,6 +324,7 @@ template <int T>
 inline void lanes_row(const uint8_t* row, const uint8_t* scales, const ActivationLayout& layout, const uint8_t* x, float* y,
                       size_t y_stride) {
   Floats totals[T];
+  POWERINFER_UNROLL
   for (int t = 0; t < T; ++t) totals[t] = zero();
   const Ints low = broadcast_int(0x0f0f0f0f);
   for (int group = 0; group < layout.groups; ++group) {
@@ -304,6 +335,7 @@ inline void lanes_row(const uint8_t* row, const uint8_t* scales, const Activatio
       unpack_nibbles(row, u);
       scale = load_half(halves(scales) + 16 * group);
     } else {
+      POWERINFER_UNROLL
       for (int p = 0; p < 4; ++p) {
         const Ints both = load_ints(row + p * 4 * lanes, lanes);
         u[2 * p] = and_ints(both, low);
@@ -312,11 +344,12 @@ inline void lanes_row(const uint8_t* row, const uint8_t* scales, const Activatio
       scale = load_half(halves(scales) + 16 * group, lanes);
     }
     row += 16 * lanes;
+    POWERINFER_UNROLL
     for (int t = 0; t < T; ++t) {
       const Activation token(layout, x + t * layout.bytes);
       const uint8_t* q = token.lanes + group * 512;
-      const Ints sums = add_ints(load_ints(token.sums + 32 * group), load_ints(token.sums + 32 * group + 16));
-      Ints even = sub_ints(broadcast_int(0), shift_left<3>(sums)), odd = broadcast_int(0);
+      Ints even = load_ints(token.minus_8 + 16 * group), odd = broadcast_int(0);
+      POWERINFER_UNROLL
       for (int j = 0; j < 8; j += 2) {
         even = dot_small_bytes(even, u[j], load_ints(q + 64 * j));
         odd = dot_small_bytes(odd, u[j + 1], load_ints(q + 64 * j + 64));
@@ -324,6 +357,7 @@ inline void lanes_row(const uint8_t* row, const uint8_t* scales, const Activatio
       totals[t] = fma(to_floats(add_ints(even, odd)), mul(scale, load(token.scale + 16 * group)), totals[t]);
     }
   }
+  POWERINFER_UNROLL
   for (int t = 0; t < T; ++t) y[t * y_stride] = sum(totals[t]);
 }
 
@@ -358,23 +392,29 @@ inline void quad(const uint8_t* const* rows, int count, const uint8_t* const* ah
   // one line of each row ahead for each line that is read
   constexpr int kLine = 64 / Element::kBytes;
   Floats acc[kQuad];
+  POWERINFER_UNROLL
   for (int r = 0; r < kQuad; ++r) acc[r] = zero();
   int i = 0;
   for (; i + kLine <= k; i += kLine) {
     for (int r = 0; r < ahead_count; ++r) prefetch(ahead[r] + i * Element::kBytes);
+    POWERINFER_UNROLL
     for (int j = 0; j < kLine; j += 16) {
       const Floats xt = load(x + i + j);
+      POWERINFER_UNROLL
       for (int r = 0; r < kQuad; ++r) acc[r] = fma(Element::at(rows[r], i + j), xt, acc[r]);
     }
   }
   for (; i + 16 <= k; i += 16) {
     const Floats xt = load(x + i);
+    POWERINFER_UNROLL
     for (int r = 0; r < kQuad; ++r) acc[r] = fma(Element::at(rows[r], i), xt, acc[r]);
   }
   if (i < k) {
     const Floats xt = load(x + i, k - i);
+    POWERINFER_UNROLL
     for (int r = 0; r < kQuad; ++r) acc[r] = fma(Element::at(rows[r], i, k - i), xt, acc[r]);
   }
+  POWERINFER_UNROLL
   for (int r = 0; r < kQuad; ++r) y[r] = sum(acc[r]);
 }
 
@@ -456,13 +496,16 @@ void gather_q4_0(const uint8_t* const* rows, int count, size_t scales_offset, co
 template <typename Element, int V>
 inline void accumulate_columns(const uint8_t* const* rows, size_t offset, const float* h, int count, float* y) {
   Floats acc[V];
+  POWERINFER_UNROLL
   for (int v = 0; v < V; ++v) acc[v] = load(y + 16 * v);
   for (int i = 0; i < count; ++i) {
     if (i + kNeuronsAhead < count)
       prefetch_range(rows[i + kNeuronsAhead] + offset, static_cast<size_t>(V) * 16 * Element::kBytes);
     const Floats factor = broadcast(h[i]);
+    POWERINFER_UNROLL
     for (int v = 0; v < V; ++v) acc[v] = fma(factor, Element::at(rows[i] + offset, 16 * v), acc[v]);
   }
+  POWERINFER_UNROLL
   for (int v = 0; v < V; ++v) store(y + 16 * v, acc[v]);
 }
 
@@ -480,6 +523,7 @@ inline void add_chunk(const uint8_t* const* rows, int pairs, size_t chunk_offset
                       const int32_t* starts, const float* scales, float* y) {
   const Ints nibbles = broadcast_int(0x000f000f);
   Ints acc[8];
+  POWERINFER_UNROLL
   for (int n = 0; n < 4; ++n) acc[2 * n] = acc[2 * n + 1] = broadcast_int(starts[n]);
   for (int p = 0; p < pairs; ++p) {
     const Ints a = load_ints(rows[2 * p] + chunk_offset), b = load_ints(rows[2 * p + 1] + chunk_offset);
@@ -494,6 +538,7 @@ inline void add_chunk(const uint8_t* const* rows, int pairs, size_t chunk_offset
     acc[6] = dot_words(acc[6], and_ints(shift_right<12>(low), nibbles), broadcast_int(factor[3]));
     acc[7] = dot_words(acc[7], and_ints(shift_right<12>(high), nibbles), broadcast_int(factor[3]));
   }
+  POWERINFER_UNROLL
   for (int i = 0; i < 8; ++i) store(y + 16 * i, fma(to_floats(acc[i]), broadcast(scales[i / 2]), load(y + 16 * i)));
 }
 
@@ -559,6 +604,7 @@ void panel_q4_0(const uint8_t* data, size_t row_bytes, size_t scales_offset, int
       const float scale = sum(load_half(halves(row + scales_offset) + column / kBlock, 1));
       float* out = panel + r * kPanelColumns + c;
       for (int q = 0; q < 4; ++q) {
+        POWERINFER_UNROLL
         for (int p = 0; p < 4; ++p) out[4 * q + p] = static_cast<float>((words[8 * q + p] >> 4 * nibble & 15) - 8) * scale;
       }
     }
@@ -569,18 +615,25 @@ template <int T, int V>
 inline void columns_tile(const float* panel, int rows, int column, const float* h, size_t h_stride, float* y,
                          size_t y_stride) {
   Floats acc[T][V];
+  POWERINFER_UNROLL
   for (int t = 0; t < T; ++t) {
+    POWERINFER_UNROLL
     for (int v = 0; v < V; ++v) acc[t][v] = load(y + t * y_stride + column + 16 * v);
   }
   for (int i = 0; i < rows; ++i) {
     Floats w[V];
+    POWERINFER_UNROLL
     for (int v = 0; v < V; ++v) w[v] = load(panel + i * kPanelColumns + column + 16 * v);
+    POWERINFER_UNROLL
     for (int t = 0; t < T; ++t) {
       const Floats factor = broadcast(h[t * h_stride + i]);
+      POWERINFER_UNROLL
       for (int v = 0; v < V; ++v) acc[t][v] = fma(factor, w[v], acc[t][v]);
     }
   }
+  POWERINFER_UNROLL
   for (int t = 0; t < T; ++t) {
+    POWERINFER_UNROLL
     for (int v = 0; v < V; ++v) store(y + t * y_stride + column + 16 * v, acc[t][v]);
   }
 }

@@ -173,7 +173,7 @@ void serve(Options options) {
   const int port = http.bind(options.host, options.port);
   Engine engine(
       *model, [&](int32_t token) { return tokenizer->ends_generation(token); }, options.engine);
-  ApiServer api(http, engine, *model, *tokenizer, chat, options.server);
+  ApiServer api(http, engine, model->info(), *tokenizer, chat, options.server);
 
   stop_event = ::eventfd(0, EFD_CLOEXEC);
   std::thread listener([&] { http.run(); });

@@ -230,18 +230,17 @@ class ApiServer::Job : public std::enable_shared_from_this<ApiServer::Job> {
   Usage usage_;
 };
 
-ApiServer::ApiServer(HttpServer& http, Engine& engine, const Model& model, const Tokenizer& tokenizer, ChatTemplate chat,
+ApiServer::ApiServer(HttpServer& http, Engine& engine, const ModelInfo& model, const Tokenizer& tokenizer, ChatTemplate chat,
                      const ServerOptions& options)
     : engine_(engine),
-      model_(model),
       tokenizer_(tokenizer),
       chat_(std::move(chat)),
       options_(options),
       started_(static_cast<int64_t>(std::time(nullptr))) {
   limits_.model = options.model_name;
-  limits_.vocabulary = model.info().vocabulary;
-  limits_.context = model.info().context;
-  limits_.max_choices = std::max(model.info().slots + options.queue, 1);
+  limits_.vocabulary = model.vocabulary;
+  limits_.context = model.context;
+  limits_.max_choices = std::max(model.slots + options.queue, 1);
 
   http.set_pre_routing_handler([this](const Request& request, Response& response) { return before(request, response); });
   http.set_error_handler([](const Request&, Response& response) {  // httplib's own errors
@@ -491,7 +490,7 @@ void ApiServer::detokenize(const Reader& reader, Response& response) const {
 std::string ApiServer::metrics() const {
   std::string out;
   const EngineStats stats = engine_.stats();
-  const Model::Activity activity = model_.activity();
+  const Model::Activity& activity = stats.activity;
   const auto counter = [&](const std::string& name, const std::string& help, double value) {
     write_metric("powerinfer_" + name, "counter", help, value, out);
   };
@@ -512,7 +511,7 @@ std::string ApiServer::metrics() const {
   counter("ffn_neurons_active_total", "Those of them that were computed", static_cast<double>(activity.active));
   gauge("active_neuron_share", "Share of neurons computed since the start",
         activity.total ? static_cast<double>(activity.active) / static_cast<double>(activity.total) : 0);
-  gauge("kv_bytes", "Keys and values held", static_cast<double>(model_.kv_bytes()));
+  gauge("kv_bytes", "Keys and values held", static_cast<double>(stats.kv_bytes));
   metrics_.write(out);
   return out;
 }

@@ -24,8 +24,8 @@ struct ServerOptions {
 
 class ApiServer {
  public:
-  // All four must outlive the server.
-  ApiServer(HttpServer& http, Engine& engine, const Model& model, const Tokenizer& tokenizer, ChatTemplate chat,
+  // `http`, `engine` and `tokenizer` must outlive the server.
+  ApiServer(HttpServer& http, Engine& engine, const ModelInfo& model, const Tokenizer& tokenizer, ChatTemplate chat,
             const ServerOptions& options);
 
   // From now on: 503 for new requests and /health.
@@ -50,7 +50,6 @@ class ApiServer {
   std::string metrics() const;
 
   Engine& engine_;
-  const Model& model_;
   const Tokenizer& tokenizer_;
   const ChatTemplate chat_;
   const ServerOptions options_;

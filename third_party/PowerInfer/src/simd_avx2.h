@@ -100,6 +100,18 @@ inline Ints load_int8(const int8_t* p) {
   return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
           _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
 }
+inline void store_int8(int8_t* p, Ints a) {
+  alignas(32) int32_t lanes[16];
+  store_ints(lanes, a);
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(lanes[i]);
+}
+inline int32_t sum_ints(Ints a) {
+  alignas(32) int32_t lanes[16];
+  store_ints(lanes, a);
+  int32_t total = 0;
+  for (int32_t lane : lanes) total += lane;
+  return total;
+}
 inline Ints and_ints(Ints a, Ints b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
 inline Ints or_ints(Ints a, Ints b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
 inline Ints xor_ints(Ints a, Ints b) { return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)}; }

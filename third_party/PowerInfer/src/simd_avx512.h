@@ -58,6 +58,8 @@ inline Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
 inline Ints load_ints(const void* p, int n) { return _mm512_maskz_loadu_epi32(lanes_mask(n), p); }
 inline void store_ints(void* p, Ints a) { _mm512_storeu_si512(p, a); }
 inline Ints load_int8(const int8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline void store_int8(int8_t* p, Ints a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
+inline int32_t sum_ints(Ints a) { return _mm512_reduce_add_epi32(a); }
 inline Ints and_ints(Ints a, Ints b) { return _mm512_and_si512(a, b); }
 inline Ints or_ints(Ints a, Ints b) { return _mm512_or_si512(a, b); }
 inline Ints xor_ints(Ints a, Ints b) { return _mm512_xor_si512(a, b); }

@@ -151,6 +151,14 @@ inline void store_ints(void* p, Ints a) { std::memcpy(p, a.lane, sizeof a.lane);
 inline Ints load_int8(const int8_t* p) {
   return ints([&](int i) { return p[i]; });
 }
+inline void store_int8(int8_t* p, Ints a) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.lane[i]);
+}
+inline int32_t sum_ints(Ints a) {
+  int32_t total = 0;
+  for (int32_t lane : a.lane) total += lane;
+  return total;
+}
 inline Ints and_ints(Ints a, Ints b) {
   return ints([&](int i) { return a.lane[i] & b.lane[i]; });
 }
