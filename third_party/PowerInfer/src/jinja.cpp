@@ -1261,7 +1261,7 @@ class Renderer {
       throw Raised(a.values.empty() ? "the chat template refuses these messages" : text_of(a.values[0]));
     }
     if (n.text == "namespace") {
-      a.at_most(0, {}, a.keywords.empty() ? n.text : "");
+      if (!a.values.empty()) throw Unsupported("namespace with these arguments");
       Value result = Value::dict(a.keywords);
       result.is_namespace = true;
       return result;

@@ -78,11 +78,12 @@ Token score(const float* logits, int vocabulary, int32_t token, int alternatives
   const double most = all[static_cast<size_t>(largest(all))];
   double sum = 0;
   for (const float x : all) sum += std::exp(static_cast<double>(x) - most);
-  const double log_sum = most + std::log(sum);
+  const double log_sum = std::log(sum);
+  const auto logprob = [&](int32_t id) { return static_cast<float>(logits[id] - most - log_sum); };
 
   Token result;
   result.id = token;
-  result.logprob = static_cast<float>(logits[token] - log_sum);
+  result.logprob = logprob(token);
   const size_t count = static_cast<size_t>(std::clamp(alternatives, 0, vocabulary));
   if (count > 0) {
     std::vector<int32_t> ids(all.size());
@@ -90,7 +91,7 @@ Token score(const float* logits, int vocabulary, int32_t token, int alternatives
     const auto end = ids.begin() + static_cast<ptrdiff_t>(count);
     if (end != ids.end()) std::nth_element(ids.begin(), end, ids.end(), Before{logits});
     std::sort(ids.begin(), end, Before{logits});
-    for (auto id = ids.begin(); id != end; ++id) result.top.emplace_back(*id, static_cast<float>(logits[*id] - log_sum));
+    for (auto id = ids.begin(); id != end; ++id) result.top.emplace_back(*id, logprob(*id));
   }
   return result;
 }
