@@ -248,6 +248,10 @@ def test_templates_that_the_engine_refuses_are_rendered_here(start, unusual_mode
 def test_a_template_may_be_given(start, tiny_model):
     engine = start(tiny_model, chat_template="{% for message in messages %}{{ message.content }}!{% endfor %}")
     assert engine.chat(HELLO, GREEDY)[0].prompt == "Hello!"
+    (named,) = start(tiny_model, chat_template="llama3").chat(HELLO, GREEDY)
+    assert named.prompt is None and named.prompt_token_ids != engine.chat(HELLO, GREEDY)[0].prompt_token_ids
+    with pytest.raises(PowerQuantConfigError, match="is neither chatml, .* nor a readable file"):
+        start(tiny_model, chat_template="no such name")
     with pytest.raises(PowerQuantConfigError, match="chat template cannot be rendered"):
         start(tiny_model, chat_template="{% for %}").chat(HELLO)
 
@@ -329,12 +333,17 @@ def test_garbage_collection_stops_the_engine(engine_server, tiny_model, monkeypa
 
 def test_thread_that_made_the_engine_may_end(start, tiny_model):
     made = []
-    thread = threading.Thread(target=lambda: made.append(start(tiny_model)))
+
+    def make():
+        engine = start(tiny_model)
+        made.extend([engine, process_of(engine)])
+
+    thread = threading.Thread(target=make)
     thread.start()
     thread.join()
     time.sleep(0.3)
-    pid = process_of(made[0])
-    assert made[0].generate("Hello", GREEDY)[0].finished and process_of(made[0]) == pid
+    engine, pid = made
+    assert engine.generate("Hello", GREEDY)[0].finished and process_of(engine) == pid
 
 
 SCRIPT = """
@@ -499,6 +508,7 @@ def test_url_names_a_server_that_runs_already(start, tiny_model):
         ({"url": "http://localhost:99999"}, "url must be like http://HOST:PORT"),
         ({"url": "http://localhost:80", "kv": "packed"}, "of no use with url: slots, kv"),
         ({"url": "http://localhost:80", "batch": 3}, "of no use with url: batch"),
+        ({"url": "http://localhost:80", "chat_template": "chatml"}, "of no use with url: chat_template"),
         ({"url": "http://localhost:80", "protocol": "grpc"}, "protocol must be openai or powerinfer"),
         ({"protocol": "powerinfer"}, "protocol is for a server that url names"),
     ],

@@ -73,7 +73,8 @@ class SparseEngine:
         slots: sequences computed at once
         context: tokens of one sequence, prompt and answer; None: the model's
         kv: keys and values as "f16" or "packed" (keys in 4, values in 2 bits)
-        chat_template: Jinja text, rendered here, in place of the model's own
+        chat_template: in place of the model's own: Jinja text, rendered here, or the engine's name of one (chatml, llama2,
+            llama3, vicuna, bamboo)
         api_key: what the engine asks of its clients, or what `url` asks for
         url: an OpenAI-compatible server to use instead of an engine of our own, like http://HOST:PORT
         protocol: of `url`: "openai", or "powerinfer" for upstream's /completion (see protocols.PowerInfer for its limits)
@@ -112,12 +113,13 @@ class SparseEngine:
         self._vllm_types = vllm_types
         self._api_key = api_key
         self._request_timeout = request_timeout
-        self._chat_template = chat_template
+        named = chat_template is not None and "{" not in chat_template
+        self._chat_template = None if named else chat_template
         self._header: Header | None = None
         if protocol not in PROTOCOLS:
             raise PowerQuantConfigError(f"protocol must be {' or '.join(PROTOCOLS)}, got {protocol!r}")
         if url is not None:
-            given = {"threads": threads, "context": context, **options}
+            given = {"threads": threads, "context": context, "chat_template": chat_template if named else None, **options}
             given = [name for name, value in given.items() if value is not None]
             if given or slots != 8 or kv != "f16":
                 raise PowerQuantConfigError(
@@ -129,7 +131,7 @@ class SparseEngine:
             raise PowerQuantConfigError("protocol is for a server that url names; the engine speaks OpenAI's")
         if model is None:
             raise PowerQuantConfigError("name a model file, or a server by url")
-        path = Path(model)
+        path = Path(model).expanduser()
         self._header = read_header(path)
         self._slots, self._start_timeout = slots, start_timeout
         self._server = find_engine(say)
@@ -138,6 +140,7 @@ class SparseEngine:
             "kv": kv,
             "threads": threads,
             "context": context,
+            "chat_template": chat_template if named else None,
             "drain_seconds": _DRAIN_SECONDS,
             **options,
         }
