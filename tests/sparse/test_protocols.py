@@ -211,7 +211,14 @@ def test_other_openai_server_gets_only_what_was_asked_for(double):
         ("/v1/completions", {"model": "m", "temperature": 1.0, "max_tokens": 16, "prompt": "Hello"}),
         (
             "/v1/chat/completions",
-            {"model": "m", "temperature": 1.0, "top_p": 0.5, "stop": ["b"], "messages": [{"role": "user", "content": "a"}]},
+            {
+                "model": "m",
+                "temperature": 1.0,
+                "top_p": 0.5,
+                "max_tokens": None,
+                "stop": ["b"],
+                "messages": [{"role": "user", "content": "a"}],
+            },
         ),
     ]
     with pytest.raises(PowerQuantUnsupportedError, match="logprobs are by token id"):

@@ -59,11 +59,12 @@ class OpenAI:
     servers outputs have no token ids, and logprobs, which are by token id, are refused.
     """
 
-    def __init__(self, model: str, with_ids: bool, parallel: int, context: int | None = None):
+    def __init__(self, model: str, owner: str, parallel: int, context: int | None):
         self.model = model
-        self.with_ids = with_ids
+        self.with_ids = owner in ("powerinfer", "vllm")
         self.parallel = parallel
-        self.context = context
+        # null would be 16 to this project's engine, which cuts what is more than its context; vLLM takes null for the most
+        self.most_tokens = context if owner == "powerinfer" else None
 
     @classmethod
     def find(cls, http: Http, model: str | None, parallel: int) -> OpenAI:
@@ -80,7 +81,7 @@ class OpenAI:
         if model not in models:
             raise PowerQuantConfigError(f"model must be one of the server's: {', '.join(models)}; got {model!r}")
         entry = models[model]
-        return cls(model, entry.get("owned_by") in ("powerinfer", "vllm"), parallel, entry.get("max_model_len"))
+        return cls(model, entry.get("owned_by", ""), parallel, entry.get("max_model_len"))
 
     def answer(self, http: Http, prompt: Prompt, params: SamplingParams) -> Answer:
         path, body = self._request(prompt, params)
@@ -99,9 +100,7 @@ class OpenAI:
         chat = prompt.messages is not None
         body: dict[str, Any] = {"model": self.model, "temperature": params.temperature, **params.changed()}
         logprobs = body.pop("logprobs", None)
-        body["max_tokens"] = params.max_tokens if params.max_tokens is not None else self.context
-        if body["max_tokens"] is None:
-            del body["max_tokens"]
+        body["max_tokens"] = params.max_tokens if params.max_tokens is not None else self.most_tokens
         if params.logprobs is not None and not self.with_ids:
             raise PowerQuantUnsupportedError(
                 "logprobs are by token id, which this server does not return; this project's engine and vLLM do"
