@@ -240,10 +240,10 @@ void Engine::State::place(const RequestPtr& request) {
   slot.request = request;
   slot.used = passes;
   request->slot = best;
-  request->computed = kept;
   running.push_back(request);
   try {
-    if (slot.tokens.size() > static_cast<size_t>(kept)) model.truncate(best, kept);
+    if (slot.tokens.size() > static_cast<size_t>(kept)) kept = model.truncate(best, kept);
+    request->computed = kept;
     slot.tokens.resize(static_cast<size_t>(kept));
     slot.prompt_tokens = kept;
     std::lock_guard lock(mutex);

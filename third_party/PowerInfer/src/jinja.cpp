@@ -6,6 +6,7 @@
 #include <map>
 #include <optional>
 #include <set>
+#include <utility>
 
 namespace powerinfer::jinja {
 
@@ -440,6 +441,7 @@ class Parser {
     if (name == "for") return for_statement();
     if (name == "set") return set_statement();
     if (name == "break" || name == "continue") {
+      if (loops_ == 0) throw Unsupported("a " + name + " outside a loop");
       finish();
       return node(name == "break" ? Kind::kBreak : Kind::kContinue);
     }
@@ -485,7 +487,9 @@ class Parser {
     result->kids.push_back(accept_name("if") ? expression() : nullptr);
     if (accept_name("recursive")) throw Unsupported("a recursive loop");
     finish();
+    ++loops_;
     result->kids.push_back(block({"else", "endfor"}));
+    --loops_;
     start(pieces_.at(at_));
     if (take_name() == "else") {
       finish();
@@ -509,7 +513,9 @@ class Parser {
     } else {
       finish();
       result->text = "block";
+      const int outside = std::exchange(loops_, 0);
       result->kids.push_back(block({"endset"}));
+      loops_ = outside;
       end_tag("endset");
     }
     return result;
@@ -808,6 +814,7 @@ class Parser {
   size_t index_ = 0;
   int depth_ = 0;
   int links_ = 0;
+  int loops_ = 0;
 };
 
 // ---- values ----

@@ -33,7 +33,7 @@ namespace {
 
 struct Options {
   std::string model_path, host = "127.0.0.1", chat_template;
-  int port = 8080, drain_seconds = 30;
+  int port = 8080, drain_seconds = 30, receive_seconds = 30;
   bool print_version = false;
   ModelOptions model;
   EngineOptions engine;
@@ -84,6 +84,7 @@ bool parse_flags(int argc, char** argv, Options& options) {
   flags.add("--isa", "NAME", "instruction set: plain, avx2 or avx512 (the best one here)", &options.model.isa);
   flags.add("--queue", "N", "sequences that may wait (128); further requests get status 429", &options.engine.queue);
   flags.add("--max-request-bytes", "N", "largest request body (4194304); larger ones get status 413", &max_request_bytes);
+  flags.add("--receive-seconds", "N", "time that a request may take to arrive (30)", &options.receive_seconds);
   flags.add("--drain-seconds", "N", "time to finish after SIGTERM or SIGINT (30)", &options.drain_seconds);
   flags.add("--version", "print the version", &options.print_version);
   if (flags.parse(argc, argv)) {
@@ -103,6 +104,7 @@ bool parse_flags(int argc, char** argv, Options& options) {
   check_range("--batch", options.model.batch, options.model.slots + 1, 1 << 16);
   check_range("--queue", options.engine.queue, 0, 4096);
   check_range("--max-request-bytes", max_request_bytes, 1, 1 << 30);
+  check_range("--receive-seconds", options.receive_seconds, 1, 86400);
   check_range("--drain-seconds", options.drain_seconds, 0, 86400);
   options.model.kv = second("--kv", kv, "f16", "packed") ? KvType::kPacked : KvType::kF16;
   options.model.prompt_ffn = second("--prompt-ffn", prompt_ffn, "dense", "sparse") ? FfnMode::kSparse : FfnMode::kDense;
@@ -167,6 +169,7 @@ void serve(Options options) {
   if (options.server.model_name.empty()) options.server.model_name = model->info().name;
 
   HttpOptions http_options;
+  http_options.receive = std::chrono::seconds(options.receive_seconds);
   // each sequence may have a connection of its own, and /health, /metrics and refusals must still get through
   http_options.connections = static_cast<size_t>(model->info().slots + options.engine.queue + 64);
   HttpServer http(http_options);

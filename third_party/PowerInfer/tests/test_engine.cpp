@@ -215,6 +215,18 @@ TEST_CASE("the same prompt again computes its last token; a scored prompt is com
   CHECK(engine.stats().cached_prompt_tokens == 29 + 29);
 }
 
+TEST_CASE("a cache that cannot keep the prefix computes it again") {
+  ToyModel model(kVocabulary, 200, 1, 64);
+  model.loses_all = true;
+  Engine engine(model, no_end, options(64));
+  for (int i = 0; i < 2; ++i) {
+    Answer answer;
+    answer.ask(engine, greedy(sequence(30), 3));
+    CHECK(answer.wait().ids() == model.greedy(sequence(30), 3));
+  }
+  CHECK(engine.stats().cached_prompt_tokens == 0);
+}
+
 TEST_CASE("the slot with the longest common prefix is taken, else the one longest unused") {
   ToyModel model(kVocabulary, 200, 3, 64);
   std::vector<int> taken;

@@ -63,10 +63,12 @@ void ToyModel::forward(const std::vector<Step>& steps) {
   }
 }
 
-void ToyModel::truncate(int slot, int count) {
+int ToyModel::truncate(int slot, int count) {
   auto& held = slots_.at(static_cast<size_t>(slot));
   require(count >= 0 && static_cast<size_t>(count) <= held.size(), "truncated to more than there is");
+  if (loses_all) count = 0;
   held.resize(static_cast<size_t>(count));
+  return count;
 }
 
 void ToyModel::row(const std::vector<Held>& held, size_t count, float* out) const {

@@ -21,7 +21,7 @@ class ToyModel : public Model {
   const ModelInfo& info() const override { return info_; }
   // Throws std::logic_error for steps that break the interface's rules.
   void forward(const std::vector<Step>& steps) override;
-  void truncate(int slot, int count) override;
+  int truncate(int slot, int count) override;
   Activity activity() const override { return {}; }
   uint64_t kv_bytes() const override { return 0; }
 
@@ -32,6 +32,7 @@ class ToyModel : public Model {
 
   std::function<void(const std::vector<Step>&)> on_forward;  // may throw: the pass fails then
   std::chrono::microseconds pass_time{0};
+  bool loses_all = false;  // truncate keeps nothing, as a packed cache may
   int decoded_beside_prompt = 0;  // passes with both kinds of steps
   int largest_prompt_beside = 0;  // most prompt tokens of such a pass
   int prompt_tokens = 0;
