@@ -131,7 +131,9 @@ class Http:
                 raise ServerError(response.status, _refusal(response.status, response.reason, text))
             yield response
         except TimeoutError as error:
-            raise AnswerTimeout(f"{self.address.url} sent nothing for {self.timeout:g} s") from error
+            # without a limit of ours it is the system's, for connecting
+            limit = f" for {self.timeout:g} s" if self.timeout else ""
+            raise AnswerTimeout(f"{self.address.url} sent nothing{limit}") from error
         except (OSError, http.client.HTTPException) as error:
             raise ConnectionLost(f"{self.address.url}: {error or type(error).__name__}") from error
         finally:
