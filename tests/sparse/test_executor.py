@@ -147,18 +147,19 @@ def test_stream_adds_up_to_the_whole_answer(engine, delta):
 
 
 def test_leaving_a_stream_cancels_the_request(engine):
+    before = metric(engine, "generated_tokens_total")
     for _ in engine.stream("Hello", LONG):
         break
-    assert wait_for(lambda: metric(engine, "requests_running") == 0, 5)
-    assert metric(engine, "generated_tokens_total") < 8000
+    assert wait_for(lambda: metric(engine, "requests_running") == 0)
+    assert metric(engine, "generated_tokens_total") - before < 8000
 
 
 def test_a_refused_prompt_gives_the_others_up(engine):
-    started = time.monotonic()
+    before = metric(engine, "generated_tokens_total")
     with pytest.raises(PowerQuantConfigError, match="outside the vocabulary"):
         engine.generate(["Hello", [10**6]], LONG)
-    assert time.monotonic() - started < 5
-    assert wait_for(lambda: metric(engine, "requests_running") == 0, 5)
+    assert wait_for(lambda: metric(engine, "requests_running") == 0)
+    assert metric(engine, "generated_tokens_total") - before < 8000
 
 
 @pytest.mark.parametrize(

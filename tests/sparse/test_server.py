@@ -461,7 +461,7 @@ def test_template_that_is_not_known(engine_build, tiny_model, tmp_path):
     template.write_text("{% macro m() %}{% endmacro %}{{ m() }}")
     with Server(engine_build, tiny_model, "--chat-template", template) as strange:
         body = {"messages": [{"role": "user", "content": "x"}]}
-        assert "powerquant serve" in error_of(strange.http.post("/v1/chat/completions", json=body), 400)["message"]
+        assert "chat template is not rendered here" in error_of(strange.http.post("/v1/chat/completions", json=body), 400)["message"]
 
 
 def test_api_key(engine_build, tiny_model):

@@ -14,7 +14,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -244,6 +244,9 @@ class SparseEngine:
         with ThreadPoolExecutor(min(parallel, len(prompts)), "powerinfer request") as pool:
             futures = [pool.submit(self._answer, *job, calls) for job in zip(prompts, all_params, strict=True)]
             try:
+                # the first failure, whichever prompt's it is
+                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                    future.result()
                 return [future.result().output(types, finished=True) for future in futures]
             except BaseException:
                 # one failed, or Ctrl-C: the others' answers are for nobody
@@ -315,7 +318,8 @@ class SparseEngine:
             except ServerError as error:
                 raise _named(error) from error
             except ConnectionLost as error:
-                if attempt == 2 or not self._died(run):
+                died = self._died(run)
+                if attempt == 2 or not died:
                     raise self._explained(run, error) from error
                 continue
             run.answered = True
