@@ -63,7 +63,7 @@ struct SparseFfn : Ffn {
   void run_dense(const FfnInput& input, const Operand& operand, int n, FfnBuffers& buffers);
   void run_sparse(const FfnInput& input, const Operand& operand, int first, int n, FfnBuffers& buffers);
   void predict(const FfnInput& input, int first, int n, FfnBuffers& buffers);
-  void neurons(const Operand& operand, int token, const int32_t* ids, int count, float* h) const;
+  void neurons(const Operand& operand, int token, const int32_t* ids, int count, bool ask_down, float* h) const;
   void finish(const float* out, size_t stride, int first_column, int columns, int n, float* residual) const;
 
   struct TokenNeurons {
