@@ -1,7 +1,7 @@
 #include "ffn.h"
 
 #include <algorithm>
-#include <cstring>
+#include <numeric>
 
 namespace powerinfer {
 
@@ -65,9 +65,9 @@ void DenseFfn::run(const FfnInput& input, FfnBuffers& buffers) {
 void SparseFfn::run(const FfnInput& input, FfnBuffers& buffers) {
   const bool quantized = bundles.layout.type == TensorType::kQ4_0;
   const Operand operand = compute.prepare(input.normed, a.width, input.tokens, quantized, buffers.activations.data());
-  if (input.dense_tokens) run_dense(input, operand, input.dense_tokens, buffers);
-  if (input.dense_tokens < input.tokens) {
-    run_sparse(input, operand, input.dense_tokens, input.tokens - input.dense_tokens, buffers);
+  if (input.prompt_tokens) run_dense(input, operand, input.prompt_tokens, buffers);
+  if (input.prompt_tokens < input.tokens) {
+    run_sparse(input, operand, input.prompt_tokens, input.tokens - input.prompt_tokens, buffers);
   }
 }
 
@@ -128,7 +128,16 @@ void SparseFfn::finish(const float* out, size_t stride, int first_column, int co
 
 // Which neurons are active for each token.
 void SparseFfn::predict(const FfnInput& input, int first, int n, FfnBuffers& buffers) {
+  if (tokens_.size() < static_cast<size_t>(n)) tokens_.resize(n);
   const auto rank = static_cast<size_t>(fc1.rows), ffn = static_cast<size_t>(a.ffn);
+  if (input.all_neurons) {
+    for (int t = 0; t < n; ++t) {
+      tokens_[t].ids.resize(ffn);
+      std::iota(tokens_[t].ids.begin(), tokens_[t].ids.end(), 0);
+      tokens_[t].h.resize(ffn);
+    }
+    return;
+  }
   float* hidden = buffers.predictor.data();
   float* scores = buffers.gate.data();
   const Operand x = compute.prepare(input.predictor + static_cast<size_t>(first) * a.width, a.width, n, fc1.quantized(),
@@ -138,7 +147,6 @@ void SparseFfn::predict(const FfnInput& input, int first, int n, FfnBuffers& buf
   });
   const Operand y = compute.prepare(hidden, fc1.rows, n, fc2.quantized(), buffers.more_activations.data());
   compute.multiply({{&fc2, scores, ffn}}, y, n);
-  if (tokens_.size() < static_cast<size_t>(n)) tokens_.resize(n);
   compute.each_token(n, [&](int t) {
     TokenNeurons& token = tokens_[t];
     token.ids.resize(ffn + 16);

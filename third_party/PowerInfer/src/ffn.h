@@ -25,7 +25,8 @@ struct FfnInput {
   const float* predictor;  // [n][width], what the predictor reads
   float* residual;         // [n][width], += output
   int tokens;
-  int dense_tokens;  // the first of them, which every neuron is computed for
+  int prompt_tokens;  // the first of them: many, for which every neuron is computed
+  bool all_neurons;   // also for the others: no prediction
 };
 
 class Ffn {

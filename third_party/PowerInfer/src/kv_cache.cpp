@@ -4,6 +4,8 @@
 #include <cmath>
 #include <vector>
 
+#include "packed_kv.h"
+
 namespace powerinfer {
 
 namespace {
@@ -21,19 +23,9 @@ class F16Cache : public KvCache {
         memory_(head_bytes_ * shape.kv_heads * 2 * shape.slots * shape.layers, "the KV cache", false),
         scratch_(compute.pool.size()) {}
 
-  void store(int layer, const KvTokens& tokens, const float* keys, const float* values) override {
-    const size_t stride = static_cast<size_t>(shape_.kv_heads) * shape_.head_size;
-    compute_.each_token(tokens.count, [&](int t) {
-      for (int head = 0; head < shape_.kv_heads; ++head) {
-        const size_t from = (tokens.first + t) * stride + static_cast<size_t>(head) * shape_.head_size;
-        const size_t at = static_cast<size_t>(tokens.position + t) * shape_.head_size;
-        compute_.kernels.to_half(keys + from, shape_.head_size, rows(layer, tokens.slot, 0, head) + at);
-        compute_.kernels.to_half(values + from, shape_.head_size, rows(layer, tokens.slot, 1, head) + at);
-      }
-    });
-  }
-
-  void attend(int layer, const std::vector<KvTokens>& tokens, const float* queries, float* out) override {
+  void attend(int layer, const std::vector<KvTokens>& tokens, const float* keys, const float* values, const float* queries,
+              float* out) override {
+    for (const KvTokens& span : tokens) store(layer, span, keys, values);
     const int group = shape_.heads / shape_.kv_heads;
     const int block = std::max(1, kTokenBlock / group);
     items_.clear();
@@ -50,8 +42,8 @@ class F16Cache : public KvCache {
     });
   }
 
-  int truncatable(int, int count) const override { return count; }
-  void truncate(int slot, int count) override {
+  void append(const std::vector<KvTokens>&) override {}
+  int truncate(int slot, int count) override {
     for (int layer = 0; layer < shape_.layers; ++layer) {
       for (int which = 0; which < 2; ++which) {
         for (int head = 0; head < shape_.kv_heads; ++head) {
@@ -61,8 +53,11 @@ class F16Cache : public KvCache {
         }
       }
     }
+    return count;
   }
-  uint64_t bytes_per_token() const override { return uint64_t{2} * 2 * shape_.layers * shape_.kv_heads * shape_.head_size; }
+  uint64_t bytes(int tokens) const override {
+    return uint64_t{2} * 2 * shape_.layers * shape_.kv_heads * shape_.head_size * tokens;
+  }
 
  private:
   struct Item {
@@ -71,6 +66,18 @@ class F16Cache : public KvCache {
   struct Scratch {
     std::vector<float> queries, scores, panel, out;
   };
+
+  void store(int layer, const KvTokens& tokens, const float* keys, const float* values) {
+    const size_t stride = static_cast<size_t>(shape_.kv_heads) * shape_.head_size;
+    compute_.each_token(tokens.count, [&](int t) {
+      for (int head = 0; head < shape_.kv_heads; ++head) {
+        const size_t from = (tokens.first + t) * stride + static_cast<size_t>(head) * shape_.head_size;
+        const size_t at = static_cast<size_t>(tokens.position + t) * shape_.head_size;
+        compute_.kernels.to_half(keys + from, shape_.head_size, rows(layer, tokens.slot, 0, head) + at);
+        compute_.kernels.to_half(values + from, shape_.head_size, rows(layer, tokens.slot, 1, head) + at);
+      }
+    });
+  }
 
   uint16_t* rows(int layer, int slot, int which, int head) const {
     const size_t index = ((static_cast<size_t>(layer) * shape_.slots + slot) * 2 + which) * shape_.kv_heads + head;
@@ -128,7 +135,99 @@ class F16Cache : public KvCache {
   std::vector<Item> items_;
 };
 
+// [layer][slot][kv head] regions of packed_kv.h.
+class PackedCache : public KvCache {
+ public:
+  PackedCache(const KvShape& shape, const Compute& compute)
+      : shape_(shape),
+        compute_(compute),
+        kernels_(packed_kernels(compute.kernels.isa)),
+        place_{PackedLayout::of(shape.head_size), shape.context},
+        region_bytes_(place_.region_bytes()),
+        memory_(region_bytes_ * shape.kv_heads * shape.slots * shape.layers, "the KV cache", false),
+        lengths_(shape.slots) {}
+
+  void attend(int layer, const std::vector<KvTokens>& spans, const float* keys, const float* values, const float* queries,
+              float* out) override {
+    const int heads = shape_.kv_heads, group = shape_.heads / heads, block = std::max(1, kTokenBlock / group);
+    const auto queries_of = [&](int token, int head) {
+      return static_cast<size_t>(token) * shape_.heads * shape_.head_size +
+             static_cast<size_t>(head) * group * shape_.head_size;
+    };
+    const auto store = [&](const KvTokens& span, int t, int head) {
+      const size_t from = (static_cast<size_t>(span.first + t) * heads + head) * shape_.head_size;
+      kernels_.store(place_, region(layer, span.slot, head), span.position + t, keys + from, values + from);
+    };
+    const auto read = [&](const KvTokens& span, int t, int count, int head) {
+      const size_t at = queries_of(span.first + t, head);
+      kernels_.attend(place_, region(layer, span.slot, head), span.position + t, count, group, queries + at, out + at,
+                      static_cast<int64_t>(shape_.heads) * shape_.head_size,
+                      1.0f / std::sqrt(static_cast<float>(shape_.head_size)));
+    };
+    // single tokens: stored and attended by one thread each
+    single_.clear();
+    for (const KvTokens& span : spans) {
+      if (span.count == 1) single_.push_back(&span);
+    }
+    compute_.pool.run(static_cast<int>(single_.size()) * heads, [&](int i, int) {
+      store(*single_[i / heads], 0, i % heads);
+      read(*single_[i / heads], 0, 1, i % heads);
+    });
+    // prompts: as many tokens at a time as may be stored ahead of a query
+    for (const KvTokens& span : spans) {
+      for (int first = 0; span.count > 1 && first < span.count; first += PackedRegion::kAhead) {
+        const int here = std::min(PackedRegion::kAhead, span.count - first);
+        compute_.pool.run(here * heads, [&](int i, int) { store(span, first + i / heads, i % heads); });
+        const int blocks = (here + block - 1) / block;
+        compute_.pool.run(blocks * heads, [&](int i, int) {
+          const int t = i / heads * block;
+          read(span, first + t, std::min(block, here - t), i % heads);
+        });
+      }
+    }
+  }
+
+  void append(const std::vector<KvTokens>& spans) override {
+    for (const KvTokens& span : spans) lengths_[span.slot].append(span.count);
+  }
+
+  int truncate(int slot, int count) override {
+    PackedLength& length = lengths_[slot];
+    if (!length.can_truncate(count)) count = 0;
+    length.truncate(count);
+    for (int layer = 0; layer < shape_.layers; ++layer) {
+      for (int head = 0; head < shape_.kv_heads; ++head) {
+        const uint64_t held = count ? place_.held_bytes(count) : 0;
+        memory_.forget(region(layer, slot, head) + held, region_bytes_ - held);
+      }
+    }
+    return count;
+  }
+
+  uint64_t bytes(int tokens) const override {
+    return tokens ? place_.held_bytes(tokens) * shape_.layers * shape_.kv_heads : 0;
+  }
+
+ private:
+  uint8_t* region(int layer, int slot, int head) const {
+    return memory_.data() + ((static_cast<size_t>(layer) * shape_.slots + slot) * shape_.kv_heads + head) * region_bytes_;
+  }
+
+  KvShape shape_;
+  Compute compute_;
+  const PackedKernels& kernels_;
+  PackedRegion place_;
+  size_t region_bytes_;
+  Memory memory_;
+  std::vector<PackedLength> lengths_;
+  std::vector<const KvTokens*> single_;
+};
+
 }  // namespace
+
+std::unique_ptr<KvCache> make_packed_cache(const KvShape& shape, const Compute& compute) {
+  return std::make_unique<PackedCache>(shape, compute);
+}
 
 std::unique_ptr<KvCache> make_f16_cache(const KvShape& shape, const Compute& compute) {
   return std::make_unique<F16Cache>(shape, compute);

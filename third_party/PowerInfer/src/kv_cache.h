@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "compute.h"
 #include "memory.h"
@@ -25,17 +26,19 @@ struct KvTokens {
 class KvCache {
  public:
   virtual ~KvCache() = default;
-  // Stores keys and values [tokens of the pass][kv_heads * head_size] of these tokens.
-  virtual void store(int layer, const KvTokens& tokens, const float* keys, const float* values) = 0;
-  // Attention of these tokens' queries [tokens of the pass][heads * head_size] over all tokens of their slot up to
-  // themselves, which have been stored; `out` is shaped as the queries.
-  virtual void attend(int layer, const std::vector<KvTokens>& tokens, const float* queries, float* out) = 0;
-  // Tokens up to which a slot can be cut back without losing anything, at most `count`.
-  virtual int truncatable(int slot, int count) const = 0;
-  virtual void truncate(int slot, int count) = 0;
-  virtual uint64_t bytes_per_token() const = 0;
+  // Stores keys and values [tokens of the pass][kv_heads * head_size] of all spans, then attention of their queries
+  // [tokens of the pass][heads * head_size], each over the tokens of its slot up to itself; `out` is shaped as the queries.
+  virtual void attend(int layer, const std::vector<KvTokens>& spans, const float* keys, const float* values,
+                      const float* queries, float* out) = 0;
+  // Every layer of these spans is stored.
+  virtual void append(const std::vector<KvTokens>& spans) = 0;
+  // Cuts a slot back to `count` tokens, or to none where what later tokens need of them is gone; the number that is left.
+  virtual int truncate(int slot, int count) = 0;
+  virtual uint64_t bytes(int tokens) const = 0;  // that a slot of so many tokens holds
 };
 
 std::unique_ptr<KvCache> make_f16_cache(const KvShape& shape, const Compute& compute);
+// Keys in 4 bits, values in 2 (packed_kv.h). Throws Error(kUsage) for a head size that has no codebook.
+std::unique_ptr<KvCache> make_packed_cache(const KvShape& shape, const Compute& compute);
 
 }  // namespace powerinfer

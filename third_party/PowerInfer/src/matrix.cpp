@@ -4,13 +4,11 @@
 #include <cstring>
 
 #include "errors.h"
-#include "simd_plain.h"
+#include "half.h"
 
 namespace powerinfer {
 
 namespace {
-
-using plain::half_to_float;
 
 // Where a group's parts begin, in bytes.
 struct Group {

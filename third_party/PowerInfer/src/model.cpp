@@ -138,17 +138,17 @@ class TransformerModel : public Model {
     memory_ = loader.run([&](Loader& load) { load_weights(load); });
     fill_info(file);
     const KvShape shape{a_.layers, options_.slots, info_.context, a_.heads, a_.kv_heads, a_.head_size};
-    kv_ = make_f16_cache(shape, compute_);
-    info_.kv_bytes_per_token = kv_->bytes_per_token();
+    kv_ = options_.kv == KvType::kPacked ? make_packed_cache(shape, compute_) : make_f16_cache(shape, compute_);
+    info_.kv_bytes_per_token = kv_->bytes(info_.context) / info_.context;
     held_.assign(options_.slots, 0);
     make_buffers();
   }
 
   const ModelInfo& info() const override { return info_; }
   void forward(const std::vector<Step>& steps) override;
-  void truncate(int slot, int count) override {
-    kv_->truncate(slot, count);
-    held_[slot] = std::min(held_[slot], count);
+  int truncate(int slot, int count) override {
+    if (count < held_[slot]) held_[slot] = kv_->truncate(slot, count);
+    return held_[slot];
   }
   Activity activity() const override {
     Activity sum;
@@ -156,7 +156,8 @@ class TransformerModel : public Model {
     return sum;
   }
   uint64_t kv_bytes() const override {
-    return std::accumulate(held_.begin(), held_.end(), uint64_t{0}) * info_.kv_bytes_per_token;
+    return std::accumulate(held_.begin(), held_.end(), uint64_t{0},
+                           [&](uint64_t sum, int n) { return sum + kv_->bytes(n); });
   }
 
  private:
@@ -333,9 +334,7 @@ void TransformerModel::gather(const std::vector<Step>& steps) {
     }
     held_[step.slot] = step.position + step.count;
   };
-  const auto dense = [&](const Step& step) {
-    return (step.prompt ? options_.prompt_ffn : options_.decode_ffn) == FfnMode::kDense;
-  };
+  const auto dense = [&](const Step& step) { return step.prompt && options_.prompt_ffn == FfnMode::kDense; };
   for (const Step& step : steps) {
     if (step.slot < 0 || step.slot >= options_.slots || step.count < 1 || step.position != held_[step.slot] ||
         step.position + step.count > info_.context) {
@@ -440,8 +439,7 @@ void TransformerModel::attention(const Layer& layer, int index, int n) {
     rotate(q_.data(), a_.heads, q_size, t);
     rotate(k_.data(), a_.kv_heads, kv_size, t);
   });
-  for (const KvTokens& span : spans_) kv_->store(index, span, k_.data(), v_.data());
-  kv_->attend(index, spans_, q_.data(), attended_.data());
+  kv_->attend(index, spans_, k_.data(), v_.data(), q_.data(), attended_.data());
   const Operand attended =
       compute_.prepare(attended_.data(), static_cast<int>(q_size), n, layer.output.quantized(), activations_.data());
   const auto width = static_cast<size_t>(a_.width);
@@ -464,7 +462,7 @@ void TransformerModel::forward(const std::vector<Step>& steps) {
   for (int i = 0; i < a_.layers; ++i) {
     const Layer& layer = layers_[i];
     normalize(layer.attention_norm, x_.data(), n, normed_.data());
-    FfnInput ffn{normed_.data(), x_.data(), x_.data(), n, dense_tokens_};
+    FfnInput ffn{normed_.data(), x_.data(), x_.data(), n, dense_tokens_, options_.decode_ffn == FfnMode::kDense};
     if (a_.parallel) {
       std::copy_n(x_.data(), n * width, layer_input_.data());
       std::copy_n(normed_.data(), n * width, ffn_normed_.data());
@@ -478,6 +476,7 @@ void TransformerModel::forward(const std::vector<Step>& steps) {
     }
     layer.ffn->run(ffn, ffn_buffers_);
   }
+  kv_->append(spans_);
   logits(n);
 }
 

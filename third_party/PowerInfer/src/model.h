@@ -35,7 +35,7 @@ struct ModelInfo {
   int context = 0;  // tokens of one sequence
   int slots = 0, threads = 0;
   uint64_t weight_bytes = 0;
-  uint64_t kv_bytes_per_token = 0;
+  uint64_t kv_bytes_per_token = 0;  // of a long sequence
 };
 
 // The next tokens of one sequence in one forward pass.
@@ -59,8 +59,9 @@ class Model {
   // One pass over all steps (at most one for each slot, at most `batch` tokens together). The logits of a token do not
   // depend on what else is in the pass, on how its prompt was cut into passes, nor on the number of threads.
   virtual void forward(const std::vector<Step>& steps) = 0;
-  // Forgets tokens from `count` on; what a slot held before is kept.
-  virtual void truncate(int slot, int count) = 0;
+  // Forgets a slot's tokens from `count` on, or all of them where a packed cache no longer has what the others need; returns
+  // how many it still holds: `count` or 0.
+  virtual int truncate(int slot, int count) = 0;
 
   // Since the start: neurons computed and neurons there were, over sparse passes.
   struct Activity {

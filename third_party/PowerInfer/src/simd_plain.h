@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "half.h"
+
 namespace powerinfer::plain {
 
 struct Floats {
@@ -14,42 +16,6 @@ struct Floats {
 struct Ints {
   int32_t lane[16];
 };
-
-inline float half_to_float(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
-  const uint32_t exponent = h >> 10 & 31, mantissa = h & 1023;
-  uint32_t bits;
-  if (exponent == 31) {
-    bits = sign | 0x7f800000 | mantissa << 13 | (mantissa ? 0x400000 : 0);
-  } else if (exponent) {
-    bits = sign | (exponent + 112) << 23 | mantissa << 13;
-  } else {
-    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
-    std::memcpy(&bits, &magnitude, sizeof bits);
-    bits |= sign;
-  }
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
-inline uint16_t float_to_half(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t sign = bits >> 16 & 0x8000;
-  const uint32_t magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00 | (magnitude >> 13 & 0x3ff));
-  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
-  if (magnitude < 0x38800000) {
-    // below the smallest normal half: the sum's last bits are the half's, rounded by the addition
-    float shifted;
-    std::memcpy(&shifted, &magnitude, sizeof shifted);
-    shifted += 0.5f;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    return static_cast<uint16_t>(sign | (bits - 0x3f000000));
-  }
-  return static_cast<uint16_t>(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
-}
 
 // fn(i) of every lane
 template <typename Function>

@@ -1,0 +1,8 @@
+#include "packed_kernels.h"
+#include "packed_kernels_impl.h"
+
+namespace powerinfer {
+
+const PackedKernels& avx512_packed_kernels() { return kKernels; }
+
+}  // namespace powerinfer
