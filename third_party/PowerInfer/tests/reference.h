@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "gguf.h"
+#include "half.h"
 #include "kernels.h"
-#include "simd_plain.h"
 
 namespace powerinfer::testing {
 
@@ -61,7 +61,7 @@ inline double half_value(uint16_t h) {
 inline double half_value(const uint8_t* p) { return half_value(static_cast<uint16_t>(p[0] | p[1] << 8)); }
 
 inline void put_half(uint8_t* p, float x) {
-  const uint16_t bits = plain::float_to_half(x);
+  const uint16_t bits = float_to_half(x);
   std::memcpy(p, &bits, sizeof bits);
 }
 

@@ -170,6 +170,9 @@ TEST_CASE("activations in 8 bits") {
         std::memcpy(&sum, plain.data() + layout.sums + (b / 16 * 32 + half * 16 + b % 16) * 4, sizeof sum);
         wrong += sum != sums[half];
       }
+      int32_t minus_8;
+      std::memcpy(&minus_8, plain.data() + layout.minus_8 + b * 4, sizeof minus_8);
+      wrong += minus_8 != -8 * (sums[0] + sums[1]);
     }
     CHECK(wrong == 0);
     // the lanes and scales of blocks that are not there
@@ -792,7 +795,7 @@ TEST_CASE("halves, to and from") {
       std::vector<uint16_t> out(n, 0xa5a5);
       std::vector<float> back(n);
       kernels.to_half(x.data(), n, out.data());
-      for (int i = 0; i < n; ++i) CHECK(out[i] == plain::float_to_half(x[i]));
+      for (int i = 0; i < n; ++i) CHECK(out[i] == float_to_half(x[i]));
       kernels.from_half(out.data(), n, back.data());
       return back;
     });

@@ -18,7 +18,7 @@ constexpr TensorType kTypes[] = {TensorType::kF32,  TensorType::kF16,  TensorTyp
 TEST_CASE("halves are what the format says, both ways") {
   for (uint32_t h = 0; h < 0x10000; ++h) {
     const auto half = static_cast<uint16_t>(h);
-    const float value = plain::half_to_float(half);
+    const float value = half_to_float(half);
     if ((h & 0x7fff) > 0x7c00) {
       CHECK(std::isnan(value));
       continue;
@@ -29,14 +29,14 @@ TEST_CASE("halves are what the format says, both ways") {
       CHECK(static_cast<double>(value) == half_value(half));
     }
     CHECK(std::signbit(value) == (h >= 0x8000));
-    CHECK(plain::float_to_half(value) == half);
+    CHECK(float_to_half(value) == half);
     // halfway to the next one: to the even one of the two; a little beside it: to the nearer one
     if (h >= 0x7c00) continue;
     const double next = h == 0x7bff ? 65536.0 : half_value(static_cast<uint16_t>(h + 1));
     const auto middle = static_cast<float>((half_value(half) + next) / 2);
-    CHECK(plain::float_to_half(middle) == (h % 2 ? h + 1 : h));
-    CHECK(plain::float_to_half(std::nextafter(middle, 0.0f)) == h);
-    CHECK(plain::float_to_half(std::nextafter(middle, 1e9f)) == h + 1);
+    CHECK(float_to_half(middle) == (h % 2 ? h + 1 : h));
+    CHECK(float_to_half(std::nextafter(middle, 0.0f)) == h);
+    CHECK(float_to_half(std::nextafter(middle, 1e9f)) == h + 1);
   }
 }
 
