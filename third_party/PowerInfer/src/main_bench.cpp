@@ -133,7 +133,32 @@ struct Options {
   bool dense = false, sparse_prompt = false, likelihood = false;
 };
 
+void check_length(int64_t tokens, const ModelInfo& info) {
+  if (tokens > info.context) {
+    throw Error(ErrorKind::kUsage,
+                std::to_string(tokens) + " tokens do not fit in a context of " + std::to_string(info.context));
+  }
+}
+
+void check_options(const Options& options) {
+  const auto check = [](const char* flag, int value, int least, int most) {
+    if (value < least || value > most) {
+      throw Error(ErrorKind::kUsage, std::string(flag) + " is " + std::to_string(value) + "; " + std::to_string(least) +
+                                         " to " + std::to_string(most) + " are possible");
+    }
+  };
+  check("--prompt", options.prompt, 0, 1 << 24);
+  check("--decode", options.decode, 0, 1 << 24);
+  check("--repeat", options.repeat, 1, 1 << 20);
+  check("--together", options.together, 0, options.model.batch);
+  check("--row-bytes", options.row_bytes, 0, 1 << 20);
+  if (options.row_bytes % 2)
+    throw Error(ErrorKind::kUsage,
+                "--row-bytes is " + std::to_string(options.row_bytes) + "; fp16 numbers take an even number of bytes");
+}
+
 nlohmann::json speed(Model& model, const Options& options) {
+  check_length(int64_t{std::max(options.prompt, 1)} + options.decode, model.info());
   nlohmann::json result;
   const int vocabulary = model.info().vocabulary, slots = options.concurrent;
   std::mt19937 random(2);
@@ -193,9 +218,19 @@ nlohmann::json run(const Options& options) {
     result.update(speed(*model, options));
   } else {
     const auto tokens = read_tokens(options.tokens);
+    for (const int32_t token : tokens) {
+      if (token < 0 || token >= info.vocabulary) {
+        throw Error(ErrorKind::kUsage, options.tokens + " has the token id " + std::to_string(token) +
+                                           "; the model's are 0 to " + std::to_string(info.vocabulary - 1));
+      }
+    }
+    check_length(static_cast<int64_t>(tokens.size()), info);
     const int together = options.together ? options.together : options.model.batch;
     std::ofstream out;
-    if (!options.logits.empty()) out.open(options.logits, std::ios::binary);
+    if (!options.logits.empty()) {
+      out.open(options.logits, std::ios::binary);
+      if (!out.is_open()) throw Error(ErrorKind::kFailed, "cannot write " + options.logits);
+    }
     double total = 0;
     run_tokens(*model, tokens, together, options.together != 1, [&](size_t t, const float* logits) {
       if (out.is_open()) out.write(reinterpret_cast<const char*>(logits), static_cast<std::streamsize>(info.vocabulary) * 4);
@@ -248,6 +283,7 @@ int main_bench(int argc, char** argv) {
   if (options.kv != "f16" && options.kv != "packed") {
     throw Error(ErrorKind::kUsage, "--kv takes f16 or packed, got \"" + options.kv + "\"");
   }
+  check_options(options);
   model.kv = options.kv == "f16" ? KvType::kF16 : KvType::kPacked;
   model.slots = options.concurrent;
   if (options.dense) model.decode_ffn = FfnMode::kDense;
