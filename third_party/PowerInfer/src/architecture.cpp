@@ -1,5 +1,7 @@
 #include "architecture.h"
 
+#include <algorithm>
+
 #include "errors.h"
 
 namespace powerinfer {
@@ -129,7 +131,7 @@ Architecture Architecture::read(const GgufFile& file, const std::string& activat
     if (!positions || positions->shape.size() != 2 || positions->shape[1] <= kLearnedPositionsOffset) {
       throw model_error(file.name() + " lacks the matrix position_embd.weight");
     }
-    a.context = std::min<int>(a.context, static_cast<int>(positions->shape[1] - kLearnedPositionsOffset));
+    a.context = static_cast<int>(std::min<uint64_t>(a.context, positions->shape[1] - kLearnedPositionsOffset));
   }
   return a;
 }

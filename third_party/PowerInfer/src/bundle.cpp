@@ -69,7 +69,7 @@ Bundles copy_bundles(const BundleLayout& layout, const GgufTensor* gate, const G
                      Memory& memory, ThreadPool& pool) {
   Bundles bundles;
   bundles.layout = layout;
-  bundles.neurons = static_cast<int>(up.shape[1]);
+  bundles.neurons = static_cast<int>(up.elements() / up.shape[0]);
   uint8_t* out = memory.take(layout.bytes * bundles.neurons);
   const size_t row_bytes = up.bytes / bundles.neurons;
   constexpr int kNeurons = 64;

@@ -62,6 +62,14 @@ void DenseFfn::run(const FfnInput& input, FfnBuffers& buffers) {
   });
 }
 
+void DenseFfn::count_bytes(ModelInfo& info) const { info.matrix_bytes += gate.bytes() + up.bytes() + down.bytes(); }
+
+void SparseFfn::count_bytes(ModelInfo& info) const {
+  info.matrix_bytes += fc1.bytes() + fc2.bytes();
+  info.ffn_bytes += bundles.layout.bytes * bundles.neurons;
+  info.neuron_bytes = bundles.layout.bytes;
+}
+
 void SparseFfn::run(const FfnInput& input, FfnBuffers& buffers) {
   const bool quantized = bundles.layout.type == TensorType::kQ4_0;
   const Operand operand = compute.prepare(input.normed, a.width, input.tokens, quantized, buffers.activations.data());

@@ -33,6 +33,8 @@ class Ffn {
  public:
   virtual ~Ffn() = default;
   virtual void run(const FfnInput& input, FfnBuffers& buffers) = 0;
+  // Adds what one token's decoding reads (ModelInfo).
+  virtual void count_bytes(ModelInfo& info) const = 0;
   // Neurons computed over sparse tokens, and neurons they had.
   uint64_t active = 0, total = 0;
 };
@@ -40,6 +42,7 @@ class Ffn {
 struct DenseFfn : Ffn {
   DenseFfn(const Architecture& architecture, const Compute& compute) : a(architecture), compute(compute) {}
   void run(const FfnInput& input, FfnBuffers& buffers) override;
+  void count_bytes(ModelInfo& info) const override;
 
   const Architecture& a;
   Compute compute;
@@ -51,6 +54,7 @@ struct DenseFfn : Ffn {
 struct SparseFfn : Ffn {
   SparseFfn(const Architecture& architecture, const Compute& compute) : a(architecture), compute(compute) {}
   void run(const FfnInput& input, FfnBuffers& buffers) override;
+  void count_bytes(ModelInfo& info) const override;
 
   const Architecture& a;
   Compute compute;

@@ -126,7 +126,6 @@ class GgufFile::Parser {
     }
     const uint64_t tensor_count = count("tensors", 4 + 8 + 4 + 8);
     const uint64_t value_count = count("metadata values", 8 + 4 + 1);
-    file_.values_.reserve(value_count);
     for (uint64_t i = 0; i < value_count; ++i) {
       const std::string_view key = string("a metadata key", kMaxNameBytes);
       const auto type = static_cast<ValueType>(number<uint32_t>("a metadata type"));
@@ -141,9 +140,9 @@ class GgufFile::Parser {
     if (alignment == 0 || !std::has_single_bit(alignment)) {
       file_.fail("has alignment " + std::to_string(alignment) + ", which is no power of two");
     }
-    std::vector<uint64_t> offsets(tensor_count);
-    file_.tensors_.resize(tensor_count);
-    for (uint64_t i = 0; i < tensor_count; ++i) offsets[i] = read_tensor_info(file_.tensors_[i]);
+    // grown as they are read: a damaged count may be far above what the file holds
+    std::vector<uint64_t> offsets;
+    for (uint64_t i = 0; i < tensor_count; ++i) offsets.push_back(read_tensor_info(file_.tensors_.emplace_back()));
     // the data start at the next multiple of the alignment; a file without tensors may end at once
     const uint64_t start = position_ + (alignment - position_ % alignment) % alignment;
     for (uint64_t i = 0; i < tensor_count; ++i) {

@@ -110,6 +110,9 @@ void rows_kernel(const uint8_t* data, size_t row_bytes, int rows, int k, const f
 
 // Quantized activations
 
+// Where x is no number its code is the smallest integer, and sums of such codes wrap.
+int32_t minus_8_times(uint32_t sum) { return static_cast<int32_t>(0u - 8u * sum); }
+
 void quantize(const float* x, const ActivationLayout& layout, uint8_t* activation) {
   auto* q = reinterpret_cast<int8_t*>(activation);
   auto* lanes = reinterpret_cast<int8_t*>(activation + layout.lanes);
@@ -128,7 +131,8 @@ void quantize(const float* x, const ActivationLayout& layout, uint8_t* activatio
     const int group = b / 16, lane = b % 16;
     sums[group * 32 + lane] = sum_ints(a);
     sums[group * 32 + 16 + lane] = sum_ints(c);
-    minus_8[b] = -8 * (sums[group * 32 + lane] + sums[group * 32 + 16 + lane]);
+    minus_8[b] =
+        minus_8_times(static_cast<uint32_t>(sums[group * 32 + lane]) + static_cast<uint32_t>(sums[group * 32 + 16 + lane]));
     POWERINFER_UNROLL
     for (int j = 0; j < 8; ++j) std::memcpy(lanes + group * 512 + j * 64 + lane * 4, q + b * kBlock + 4 * j, 4);
   }
@@ -586,7 +590,7 @@ void accumulate_q4_0(const uint8_t* const* rows, size_t scales_offset, const flo
       store_ints(coefficients[p], or_ints(and_ints(a, low_half), shift_left<16>(b)));
     }
     store_ints(starts, total);
-    for (int& start : starts) start *= -8;
+    for (int& start : starts) start = minus_8_times(static_cast<uint32_t>(start));
     for (int c = 0; c < here; ++c) {
       add_chunk(padded, pairs, static_cast<size_t>(chunk + c) * 64, coefficients[0] + 4 * c, starts + 4 * c, scale + 4 * c,
                 y + (chunk + c) * 128);

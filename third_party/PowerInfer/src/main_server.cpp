@@ -1,4 +1,5 @@
 // powerinfer-server: an OpenAI-compatible server for one model file.
+#include <poll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -109,6 +110,10 @@ bool parse_flags(int argc, char** argv, Options& options) {
   options.model.kv = second("--kv", kv, "f16", "packed") ? KvType::kPacked : KvType::kF16;
   options.model.prompt_ffn = second("--prompt-ffn", prompt_ffn, "dense", "sparse") ? FfnMode::kSparse : FfnMode::kDense;
   if (dense) options.model.decode_ffn = FfnMode::kDense;
+  const std::string& isa = options.model.isa;
+  if (!isa.empty() && isa != "plain" && isa != "avx2" && isa != "avx512") {
+    throw usage_error("--isa must be plain, avx2 or avx512, got \"" + isa + "\"");
+  }
   if (!options.model.activation.empty()) second("--activation", options.model.activation, "relu", "silu");
   options.engine.batch = options.model.batch;
   options.server.max_request_bytes = static_cast<size_t>(max_request_bytes);
@@ -184,8 +189,8 @@ void serve(Options options) {
   std::printf("listening on http://%s:%d\n", host.c_str(), port);
   std::fflush(stdout);
 
-  uint64_t count;
-  while (::read(stop_event, &count, sizeof count) < 0 && errno == EINTR) {
+  pollfd stop{stop_event, POLLIN, 0};
+  while (::poll(&stop, 1, -1) < 0 && errno == EINTR) {
   }
   api.start_draining();
   http.finish_connections();

@@ -6,6 +6,7 @@
 #include <map>
 #include <new>
 #include <numeric>
+#include <set>
 
 #include "architecture.h"
 #include "compute.h"
@@ -40,6 +41,7 @@ class Loader {
   template <typename Fill>
   Memory run(Fill fill) {
     fill(*this);
+    refuse_unused();
     const uint64_t available = available_memory();
     if (bytes_ > available) {
       throw Error(ErrorKind::kMemory, file_.name() + " needs " + std::to_string(bytes_ >> 20) + " MiB for its weights and " +
@@ -52,7 +54,8 @@ class Loader {
   }
 
   Matrix matrix(const std::string& name, int columns, int rows) {
-    const GgufTensor& tensor = file_.tensor(name, {static_cast<uint64_t>(columns), static_cast<uint64_t>(rows)});
+    const GgufTensor& tensor = use(name, {static_cast<uint64_t>(columns), static_cast<uint64_t>(rows)});
+    if (tensor.bytes == 0) throw model_error(file_.name() + " has tensor \"" + name + "\" without any numbers");
     if (counting_) {
       bytes_ += round_up(matrix_bytes(file_, tensor), 64);
       return {};
@@ -68,7 +71,7 @@ class Loader {
   }
 
   const float* vector(const std::string& name, int size) {
-    const GgufTensor& tensor = file_.tensor(name, {static_cast<uint64_t>(size)});
+    const GgufTensor& tensor = use(name, {static_cast<uint64_t>(size)});
     if (tensor.type != TensorType::kF32 && tensor.type != TensorType::kF16) {
       throw model_error(file_.name() + " has tensor \"" + name + "\" of " + type_name(tensor.type) +
                         "; it can be F32 or F16");
@@ -90,9 +93,9 @@ class Loader {
 
   Bundles bundles(const std::string& gate, const std::string& up, const std::string& down) {
     const auto width = static_cast<uint64_t>(a_.width), ffn = static_cast<uint64_t>(a_.ffn);
-    const GgufTensor* gate_tensor = a_.gated ? &file_.tensor(gate, {width, ffn}) : nullptr;
-    const GgufTensor& up_tensor = file_.tensor(up, {width, ffn});
-    const GgufTensor& down_tensor = file_.tensor(down, {width, ffn});
+    const GgufTensor* gate_tensor = a_.gated ? &use(gate, {width, ffn}) : nullptr;
+    const GgufTensor& up_tensor = use(up, {width, ffn});
+    const GgufTensor& down_tensor = use(down, {width, ffn});
     const BundleLayout layout = bundle_layout(file_, gate_tensor, up_tensor, down_tensor);
     if (counting_) {
       bytes_ += round_up(layout.bytes * a_.ffn, 64);
@@ -109,9 +112,30 @@ class Loader {
   int rows(const std::string& name) const { return static_cast<int>(file_.find(name)->shape.back()); }
 
  private:
+  const GgufTensor& use(const std::string& name, std::initializer_list<uint64_t> shape) {
+    const GgufTensor& tensor = file_.tensor(name, shape);
+    used_.insert(&tensor);
+    return tensor;
+  }
+  // A layer's weights that nothing here reads (biases, experts, norms of keys) would be missing from its output.
+  void refuse_unused() const {
+    for (const GgufTensor& tensor : file_.tensors()) {
+      const std::string& name = tensor.name;
+      const bool weight = name.starts_with("blk.") && (name.ends_with(".weight") || name.ends_with(".bias"));
+      // a predictor changes no output, and old files carry the angles of rotary embeddings
+      const bool harmless =
+          name.ends_with(".fc1.weight") || name.ends_with(".fc2.weight") || name.ends_with(".attn_rot_embd.weight");
+      if (weight && !harmless && !used_.contains(&tensor)) {
+        throw model_error(file_.name() + " has tensor \"" + name + "\", which a " + a_.name + " model of " +
+                          std::to_string(a_.layers) + " layers cannot use here");
+      }
+    }
+  }
+
   const GgufFile& file_;
   const Architecture& a_;
   ThreadPool& pool_;
+  std::set<const GgufTensor*> used_;
   bool counting_ = true;
   size_t bytes_ = 0;
   Memory memory_;
@@ -137,6 +161,11 @@ class TransformerModel : public Model {
     Loader loader(file, a_, pool_);
     memory_ = loader.run([&](Loader& load) { load_weights(load); });
     fill_info(file);
+    // addresses have 47 bits
+    if (4.0 * a_.layers * options_.slots * info_.context * a_.kv_heads * a_.head_size > 0x1p46) {
+      throw Error(ErrorKind::kMemory, "no machine has memory for the KV cache of " + std::to_string(options_.slots) + " x " +
+                                          std::to_string(info_.context) + " tokens; take a smaller --context or --slots");
+    }
     const KvShape shape{a_.layers, options_.slots, info_.context, a_.heads, a_.kv_heads, a_.head_size};
     kv_ = options_.kv == KvType::kPacked ? make_packed_cache(shape, compute_) : make_f16_cache(shape, compute_);
     info_.kv_bytes_per_token = kv_->bytes(info_.context) / info_.context;
@@ -294,6 +323,12 @@ void TransformerModel::fill_info(const GgufFile& file) {
   info_.slots = options_.slots;
   info_.threads = pool_.size();
   info_.weight_bytes = memory_.size();
+  info_.matrix_bytes = output_.bytes();
+  for (const Layer& layer : layers_) {
+    for (const Matrix* matrix : {&layer.q, &layer.k, &layer.v, &layer.qkv, &layer.output})
+      info_.matrix_bytes += matrix->bytes();
+    layer.ffn->count_bytes(info_);
+  }
 }
 
 void TransformerModel::make_buffers() {
@@ -335,10 +370,16 @@ void TransformerModel::gather(const std::vector<Step>& steps) {
     held_[step.slot] = step.position + step.count;
   };
   const auto dense = [&](const Step& step) { return step.prompt && options_.prompt_ffn == FfnMode::kDense; };
+  int64_t tokens = 0;
+  std::set<int> slots;
   for (const Step& step : steps) {
     if (step.slot < 0 || step.slot >= options_.slots || step.count < 1 || step.position != held_[step.slot] ||
-        step.position + step.count > info_.context) {
+        step.count > info_.context - step.position || !slots.insert(step.slot).second) {
       throw Error(ErrorKind::kFailed, "a forward pass was asked for tokens that do not continue their slot");
+    }
+    tokens += step.count;
+    if (tokens > options_.batch) {
+      throw Error(ErrorKind::kFailed, "a forward pass was asked for more tokens than its batch holds");
     }
     for (int t = 0; t < step.count; ++t) {
       if (step.tokens[t] < 0 || step.tokens[t] >= a_.vocabulary) {
@@ -353,9 +394,6 @@ void TransformerModel::gather(const std::vector<Step>& steps) {
   dense_tokens_ = static_cast<int>(entries_.size());
   for (const Step& step : steps) {
     if (!dense(step)) take(step);
-  }
-  if (entries_.size() > static_cast<size_t>(options_.batch)) {
-    throw Error(ErrorKind::kFailed, "a forward pass was asked for more tokens than its batch holds");
   }
 }
 

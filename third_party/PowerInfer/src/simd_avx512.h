@@ -51,7 +51,12 @@ inline float sum(Floats a) {
   const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
   return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
 }
-inline float max_lane(Floats a) { return _mm512_reduce_max_ps(a); }
+inline float max_lane(Floats a) {
+  const __m256 b = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  const __m128 c = _mm_max_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  const __m128 d = _mm_max_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)));
+}
 
 inline Ints broadcast_int(int32_t x) { return _mm512_set1_epi32(x); }
 inline Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }

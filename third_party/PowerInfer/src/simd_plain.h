@@ -121,9 +121,9 @@ inline void store_int8(int8_t* p, Ints a) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.lane[i]);
 }
 inline int32_t sum_ints(Ints a) {
-  int32_t total = 0;
-  for (int32_t lane : a.lane) total += lane;
-  return total;
+  uint32_t total = 0;
+  for (int32_t lane : a.lane) total += static_cast<uint32_t>(lane);
+  return static_cast<int32_t>(total);
 }
 inline Ints and_ints(Ints a, Ints b) {
   return ints([&](int i) { return a.lane[i] & b.lane[i]; });

@@ -7,6 +7,9 @@
 #include <fstream>
 #include <set>
 #include <string>
+#include <system_error>
+
+#include "errors.h"
 
 namespace powerinfer {
 
@@ -41,10 +44,17 @@ uint32_t wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) {
 }  // namespace
 
 ThreadPool::ThreadPool(int threads) {
-  for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { worker(thread); });
+  try {
+    for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { worker(thread); });
+  } catch (const std::system_error& error) {
+    stop();
+    throw Error(ErrorKind::kMemory, "cannot start " + std::to_string(threads) + " threads: " + error.what());
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   stop_ = true;
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();

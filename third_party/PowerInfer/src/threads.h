@@ -4,6 +4,7 @@
 // chunks holds nobody up. Waiting threads spin for a while, then sleep.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -13,32 +14,46 @@ namespace powerinfer {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int threads);  // the calling thread counts as one
+  // The calling thread counts as one. Throws Error(kMemory) where the system gives no more threads.
+  explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls work(chunk, thread) once for each chunk in [0, chunks), thread in [0, size()); at most 65,535 chunks. One caller
-  // at a time. Work must not throw.
+  // Calls work(chunk, thread) once for each chunk in [0, chunks), thread in [0, size()). One caller at a time. Work must not
+  // throw.
   template <typename Work>
   void run(int chunks, const Work& work) {
-    if (chunks <= 0) return;
-    if (chunks == 1 || workers_.empty()) {
+    if (chunks <= 1 || workers_.empty()) {
       for (int chunk = 0; chunk < chunks; ++chunk) work(chunk, 0);
       return;
     }
-    run_chunks(
-        chunks, [](const void* context, int chunk, int thread) { (*static_cast<const Work*>(context))(chunk, thread); },
-        &work);
+    struct Context {
+      const Work& work;
+      int first;
+    };
+    for (int first = 0; first < chunks; first += kMostChunks) {
+      const Context context{work, first};
+      run_chunks(
+          std::min(chunks - first, kMostChunks),
+          [](const void* from, int chunk, int thread) {
+            const auto& [call, before] = *static_cast<const Context*>(from);
+            call(before + chunk, thread);
+          },
+          &context);
+    }
   }
 
  private:
+  static constexpr int kMostChunks = 0xffff;  // of one run: what next_ has bits for
+
   using Function = void (*)(const void* context, int chunk, int thread);
   void run_chunks(int chunks, Function function, const void* context);
   void take_chunks(uint32_t epoch, int thread);
   void worker(int thread);
+  void stop();
 
   std::vector<std::thread> workers_;
   // what the current run is; written by the caller before the epoch that announces it, read after a chunk of it was taken
