@@ -465,7 +465,8 @@ def test_template_that_is_not_known(engine_build, tiny_model, tmp_path):
     template.write_text("{% macro m() %}{% endmacro %}{{ m() }}")
     with Server(engine_build, tiny_model, "--chat-template", template) as strange:
         body = {"messages": [{"role": "user", "content": "x"}]}
-        assert "chat template is not rendered here" in error_of(strange.http.post("/v1/chat/completions", json=body), 400)["message"]
+        error = error_of(strange.http.post("/v1/chat/completions", json=body), 400)
+        assert "chat template is not rendered here" in error["message"]
 
 
 def test_api_key(engine_build, tiny_model):
