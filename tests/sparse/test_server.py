@@ -724,10 +724,10 @@ def test_signals_end_it(engine_build, tiny_model, number):
 def test_drain_lets_requests_finish(engine_build, tiny_model):
     with Server(engine_build, tiny_model, "--slots", "2") as server:
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            asked = {"prompt": "Hello", "max_tokens": 1500, "ignore_eos": True, "temperature": 0}
+            asked = {"prompt": "Hello", "max_tokens": 2000, "ignore_eos": True, "temperature": 0, "n": 4}
             whole = pool.submit(httpx.post, f"{server.url}/v1/completions", json=asked, timeout=60)
             streamed = pool.submit(httpx.post, f"{server.url}/v1/completions", json=asked | {"stream": True}, timeout=60)
-            server.wait_for("requests_running", 2)
+            server.wait_for("sequences_total", 8)
             server.process.send_signal(signal.SIGTERM)
             time.sleep(0.1)
             if server.process.poll() is None:
@@ -737,7 +737,7 @@ def test_drain_lets_requests_finish(engine_build, tiny_model):
                     assert error_of(refused, 503)["type"] == "service_unavailable_error"
                 except httpx.TransportError:
                     pass  # drained in the meantime
-            assert whole.result().json()["usage"]["completion_tokens"] == 1500
+            assert whole.result().json()["usage"]["completion_tokens"] == 8000
             assert streamed.result().text.endswith("data: [DONE]\n\n")
         assert server.process.wait(timeout=30) == 0
 
