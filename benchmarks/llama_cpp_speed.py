@@ -21,7 +21,11 @@ class Timer:
 
     def rate(self, count: int) -> dict[str, float]:
         seconds = time.perf_counter() - self.wall
-        return {"per_second": count / seconds, "per_cpu_second": count / (time.process_time() - self.cpu), "seconds": seconds}
+        return {
+            "per_second": count / seconds,
+            "per_cpu_second": count / (time.process_time() - self.cpu),
+            "seconds": seconds,
+        }
 
 
 def decode(context, tokens: list[int], position: int, sequences: int, whole: bool) -> None:

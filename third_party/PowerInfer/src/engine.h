@@ -1,6 +1,7 @@
 // Continuous batching: requests come and go while one thread runs forward passes over all that are under way.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -45,13 +46,18 @@ struct Generation {
   int prompt_logprobs = -1;          // >= 0: logprobs of the prompt's tokens are reported through on_prompt
   SamplingParams sampling;
 
-  // Called on the engine's thread, in order; returns false to stop the request (a stop string, a client that left).
+  // Called on the engine's thread, in order; returns false to stop the request (a stop string, a client that left): it is
+  // not called again then.
   std::function<bool(const Token&)> on_token;
+  // All the prompt's tokens at once, before the first on_token. The first one has no logprob (NaN).
   std::function<void(const std::vector<Token>&)> on_prompt;
 };
 
 struct EngineOptions {
-  int queue = 128;  // requests that may wait beside those that run
+  int queue = 128;             // requests that may wait beside those that run
+  int batch = 512;             // tokens of one forward pass, ModelOptions::batch; more than there are slots
+  int prompt_beside = 128;     // most prompt tokens in a pass that other requests wait for with a decode token
+  bool reuse_prefixes = true;  // a free slot keeps the tokens that it has in common with the next prompt
 };
 
 struct EngineStats {
@@ -59,6 +65,8 @@ struct EngineStats {
   uint64_t requests = 0, prompt_tokens = 0, cached_prompt_tokens = 0, generated_tokens = 0;
   double prompt_seconds = 0, decode_seconds = 0;  // of forward passes with and without prompt tokens
   uint64_t forward_passes = 0;
+  Model::Activity activity;  // the model's, after the last pass
+  uint64_t kv_bytes = 0;
 };
 
 class Engine {
@@ -67,12 +75,14 @@ class Engine {
   Engine(Model& model, std::function<bool(int32_t)> ends_generation, const EngineOptions& options);
   ~Engine();  // cancels what runs
 
-  // Queues a request and returns its number; nullopt where the queue is full. Throws Error(kRequest) for an empty prompt or
-  // one longer than the context (max_tokens is cut to what is left of it).
+  // Queues a request and returns its number; nullopt where the queue is full. Throws Error(kRequest) for an empty prompt,
+  // one that leaves no room in the context (max_tokens is cut to what is left of it), bad tokens or sampling parameters, and
+  // while draining.
   std::optional<uint64_t> submit(Generation generation);
   void cancel(uint64_t request);  // on_token gets Finish::kCancelled; unknown numbers are ignored
-  // Takes no more requests (submit throws) and returns once those under way have ended.
-  void drain();
+  // Takes no more requests (submit throws) and returns true once those under way have ended, false after `limit`.
+  bool drain(std::chrono::seconds limit = std::chrono::hours(24 * 365));
+  void cancel_all();
   EngineStats stats() const;
 
  private:

@@ -62,6 +62,14 @@ void DenseFfn::run(const FfnInput& input, FfnBuffers& buffers) {
   });
 }
 
+void DenseFfn::count_bytes(ModelInfo& info) const { info.matrix_bytes += gate.bytes() + up.bytes() + down.bytes(); }
+
+void SparseFfn::count_bytes(ModelInfo& info) const {
+  info.matrix_bytes += fc1.bytes() + fc2.bytes();
+  info.ffn_bytes += bundles.layout.bytes * bundles.neurons;
+  info.neuron_bytes = bundles.layout.bytes;
+}
+
 void SparseFfn::run(const FfnInput& input, FfnBuffers& buffers) {
   const bool quantized = bundles.layout.type == TensorType::kQ4_0;
   const Operand operand = compute.prepare(input.normed, a.width, input.tokens, quantized, buffers.activations.data());
@@ -156,19 +164,20 @@ void SparseFfn::predict(const FfnInput& input, int first, int n, FfnBuffers& buf
 }
 
 // h of `count` active neurons of one token.
-void SparseFfn::neurons(const Operand& operand, int token, const int32_t* ids, int count, float* h) const {
+void SparseFfn::neurons(const Operand& operand, int token, const int32_t* ids, int count, bool ask_down, float* h) const {
   const BundleLayout& layout = bundles.layout;
   const Kernels& kernels = compute.kernels;
   const Operand x = operand.from(token);
   const uint8_t* rows[kRangeNeurons];
   for (int i = 0; i < count; ++i) rows[i] = bundles.neuron(ids[i]) + layout.gate;
+  const DownRow down{layout.down - layout.gate, ask_down ? layout.bytes - layout.down : 0};
   if (a.gated) {
     if (layout.type == TensorType::kQ4_0) {
       kernels.gated_q4_0(rows, count, layout.up, layout.gate_scales, layout.up_scales, x.layout, x.activations, a.relu_up,
-                         h);
+                         down, h);
     } else {
       const auto gated = layout.type == TensorType::kF16 ? kernels.gated_f16 : kernels.gated_f32;
-      gated(rows, count, layout.up, a.width, x.x, a.relu_up, h);
+      gated(rows, count, layout.up, a.width, x.x, a.relu_up, down, h);
     }
     return;
   }
@@ -191,7 +200,7 @@ void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, int fi
     const auto count = static_cast<int>(token.ids.size());
     compute.pool.run((count + kListChunk - 1) / kListChunk, [&](int chunk, int) {
       const int from = chunk * kListChunk;
-      neurons(operand, first, token.ids.data() + from, std::min(kListChunk, count - from), token.h.data() + from);
+      neurons(operand, first, token.ids.data() + from, std::min(kListChunk, count - from), true, token.h.data() + from);
     });
   } else {
     // by ranges of neurons: what one token has read, the next finds in the cache
@@ -201,7 +210,7 @@ void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, int fi
         const auto begin = std::lower_bound(token.ids.begin(), token.ids.end(), chunk * kRangeNeurons) - token.ids.begin();
         const auto end =
             std::lower_bound(token.ids.begin() + begin, token.ids.end(), (chunk + 1) * kRangeNeurons) - token.ids.begin();
-        neurons(operand, first + t, token.ids.data() + begin, static_cast<int>(end - begin), token.h.data() + begin);
+        neurons(operand, first + t, token.ids.data() + begin, static_cast<int>(end - begin), false, token.h.data() + begin);
       }
     });
   }

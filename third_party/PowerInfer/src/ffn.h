@@ -33,6 +33,8 @@ class Ffn {
  public:
   virtual ~Ffn() = default;
   virtual void run(const FfnInput& input, FfnBuffers& buffers) = 0;
+  // Adds what one token's decoding reads (ModelInfo).
+  virtual void count_bytes(ModelInfo& info) const = 0;
   // Neurons computed over sparse tokens, and neurons they had.
   uint64_t active = 0, total = 0;
 };
@@ -40,6 +42,7 @@ class Ffn {
 struct DenseFfn : Ffn {
   DenseFfn(const Architecture& architecture, const Compute& compute) : a(architecture), compute(compute) {}
   void run(const FfnInput& input, FfnBuffers& buffers) override;
+  void count_bytes(ModelInfo& info) const override;
 
   const Architecture& a;
   Compute compute;
@@ -51,6 +54,7 @@ struct DenseFfn : Ffn {
 struct SparseFfn : Ffn {
   SparseFfn(const Architecture& architecture, const Compute& compute) : a(architecture), compute(compute) {}
   void run(const FfnInput& input, FfnBuffers& buffers) override;
+  void count_bytes(ModelInfo& info) const override;
 
   const Architecture& a;
   Compute compute;
@@ -63,7 +67,7 @@ struct SparseFfn : Ffn {
   void run_dense(const FfnInput& input, const Operand& operand, int n, FfnBuffers& buffers);
   void run_sparse(const FfnInput& input, const Operand& operand, int first, int n, FfnBuffers& buffers);
   void predict(const FfnInput& input, int first, int n, FfnBuffers& buffers);
-  void neurons(const Operand& operand, int token, const int32_t* ids, int count, float* h) const;
+  void neurons(const Operand& operand, int token, const int32_t* ids, int count, bool ask_down, float* h) const;
   void finish(const float* out, size_t stride, int first_column, int columns, int n, float* residual) const;
 
   struct TokenNeurons {

@@ -52,6 +52,11 @@ struct ActivationLayout {
 // and down as "columns", for one neuron all columns c of a chunk of 128: 16-bit word 8 q + 4 u + p (q, p in 0..3, u in 0, 1)
 // holds in its nibble n the column 32 n + 16 u + 4 q + p.
 
+// The row that is read next of a neuron that is not zero: where it lies from the gate on. 0 bytes: nobody reads it soon.
+struct DownRow {
+  size_t offset, bytes;
+};
+
 struct Kernels {
   Isa isa;
 
@@ -74,10 +79,10 @@ struct Kernels {
   // Sparse neurons of one token. h[i] = relu(<gate_i, x>) * <up_i, x>, with relu_up also relu of the second; up is not read
   // where the gate is not positive. gates[i] and its up row at gates[i] + up_offset.
   using Gated = void (*)(const uint8_t* const* gates, int count, size_t up_offset, int k, const float* x, bool relu_up,
-                         float* h);
+                         DownRow down, float* h);
   Gated gated_f16, gated_f32;
   void (*gated_q4_0)(const uint8_t* const* gates, int count, size_t up_offset, size_t gate_scales, size_t up_scales,
-                     const ActivationLayout& layout, const uint8_t* x, bool relu_up, float* h);
+                     const ActivationLayout& layout, const uint8_t* x, bool relu_up, DownRow down, float* h);
   // h[i] = <row_i, x>
   void (*gather_f16)(const uint8_t* const* rows, int count, int k, const float* x, float* h);
   void (*gather_f32)(const uint8_t* const* rows, int count, int k, const float* x, float* h);

@@ -423,14 +423,19 @@ inline void quad(const uint8_t* const* rows, int count, const uint8_t* const* ah
 }
 
 template <typename Element>
-void gated_kernel(const uint8_t* const* gates, int count, size_t up_offset, int k, const float* x, bool relu_up, float* h) {
+void gated_kernel(const uint8_t* const* gates, int count, size_t up_offset, int k, const float* x, bool relu_up,
+                  DownRow down, float* h) {
+  // asked for while the next neurons are computed
+  const uint8_t* ahead[2 * kQuad];
+  int downs = 0;
   for (int i = 0; i < count; i += kQuad) {
     const int here = count - i < kQuad ? count - i : kQuad;
     const int next = count - i - here < kQuad ? count - i - here : kQuad;
     const uint8_t* all_ups[kQuad];
     for (int r = 0; r < here; ++r) all_ups[r] = gates[i + r] + up_offset;
+    for (int r = 0; r < here; ++r) ahead[downs + r] = all_ups[r];
     float gate[kQuad];
-    quad<Element>(gates + i, here, all_ups, here, k, x, gate);
+    quad<Element>(gates + i, here, ahead, downs + here, k, x, gate);
     const uint8_t* ups[kQuad];
     int position[kQuad];
     int positive = 0;
@@ -442,11 +447,14 @@ void gated_kernel(const uint8_t* const* gates, int count, size_t up_offset, int 
     }
     float up[kQuad];
     quad<Element>(ups, positive, gates + i + here, next, k, x, up);
+    downs = 0;
     for (int p = 0; p < positive; ++p) {
-      const float value = relu_up && !(up[p] > 0.0f) ? 0.0f : up[p];
-      h[i + position[p]] = gate[position[p]] * value;
+      if (relu_up && !(up[p] > 0.0f)) continue;
+      h[i + position[p]] = gate[position[p]] * up[p];
+      if (down.bytes) ahead[downs++] = gates[i + position[p]] + down.offset;
     }
   }
+  for (int d = 0; d < downs; ++d) prefetch_range(ahead[d], down.bytes);
 }
 
 template <typename Element>
@@ -462,7 +470,7 @@ void gather_kernel(const uint8_t* const* rows, int count, int k, const float* x,
 constexpr int kNeuronsAhead = 4;
 
 void gated_q4_0(const uint8_t* const* gates, int count, size_t up_offset, size_t gate_scales, size_t up_scales,
-                const ActivationLayout& layout, const uint8_t* x, bool relu_up, float* h) {
+                const ActivationLayout& layout, const uint8_t* x, bool relu_up, DownRow down, float* h) {
   const size_t codes = static_cast<size_t>(layout.k) / 2, scales = static_cast<size_t>(layout.blocks) * 2;
   const auto ask = [&](const uint8_t* gate) {
     prefetch_range(gate, codes);
@@ -479,7 +487,9 @@ void gated_q4_0(const uint8_t* const* gates, int count, size_t up_offset, size_t
     if (!(gate > 0.0f)) continue;
     const uint8_t* row = gates[i] + up_offset;
     lanes_row<1>(row, row + up_scales, layout, x, &up, 0);
-    if (!relu_up || up > 0.0f) h[i] = gate * up;
+    if (relu_up && !(up > 0.0f)) continue;
+    h[i] = gate * up;
+    prefetch_range(gates[i] + down.offset, down.bytes);
   }
 }
 

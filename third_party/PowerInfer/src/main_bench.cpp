@@ -78,43 +78,52 @@ double log_likelihood(const float* logits, size_t vocabulary, int32_t token) {
   return logits[token] - largest - std::log(total);
 }
 
-// GB/s of reading: the whole of a piece of memory, and a tenth of its rows, picked at random and in ascending order.
+// Bytes a second of reading the whole of a piece of memory, and a tenth of its rows, picked at random and in ascending
+// order.
 nlohmann::json memory_speed(int threads, size_t row_bytes) {
-  constexpr size_t kBytes = size_t{1} << 30;
+  constexpr size_t kBytes = size_t{1} << 30, kPiece = size_t{1} << 20, kRows = 64;
+  if (row_bytes < 32 || row_bytes % 2 || row_bytes > kPiece) {
+    throw Error(ErrorKind::kUsage,
+                "--row-bytes is " + std::to_string(row_bytes) + "; even numbers from 32 to 2^20 are possible");
+  }
   ThreadPool pool(threads);
   Memory memory(kBytes, "the measurement of its speed");
+  pool.run(kBytes / kPiece, [&](int piece, int) { std::fill_n(memory.data() + piece * kPiece, kPiece, 1); });
   const size_t rows = kBytes / row_bytes;
-  constexpr size_t kPiece = size_t{1} << 20;
-  pool.run(static_cast<int>(kBytes / kPiece),
-           [&](int piece, int) { std::fill_n(memory.data() + piece * kPiece, kPiece, 1); });
   std::vector<uint32_t> picked;
   std::mt19937 random(1);
   for (uint32_t row = 0; row < rows; ++row) {
     if (random() % 10 == 0) picked.push_back(row);
   }
   const Kernels& best = kernels(detect_isa());
-  std::vector<float> ones(row_bytes / 2, 1.0f);
   const auto width = static_cast<int>(row_bytes / 2);
-  std::vector<double> whole, gathered;
-  for (int round = 0; round < 5; ++round) {
+  const std::vector<float> ones(width, 1.0f);
+  std::vector<double> wall[2], cpu[2];  // of reading, of gathering
+  const auto time = [&](int which, size_t count, auto work) {
     Timer timer;
-    pool.run(static_cast<int>(rows / 64), [&](int chunk, int) {
-      float y[64];
-      best.rows_f16(memory.data() + chunk * 64 * row_bytes, row_bytes, 64, width, ones.data(), width, 1, y, 64);
+    pool.run(static_cast<int>(count / kRows), work);
+    const auto rate = timer.rate(static_cast<double>(count / kRows * kRows * row_bytes));
+    wall[which].push_back(rate["per_second"]);
+    cpu[which].push_back(rate["per_cpu_second"]);
+  };
+  for (int round = 0; round < 5; ++round) {
+    time(0, rows, [&](int chunk, int) {
+      float y[kRows];
+      best.rows_f16(memory.data() + chunk * kRows * row_bytes, row_bytes, kRows, width, ones.data(), width, 1, y, kRows);
     });
-    whole.push_back(timer.rate(static_cast<double>(rows / 64 * 64 * row_bytes) * 1e-9)["per_second"]);
-    Timer gather;
-    pool.run(static_cast<int>(picked.size() / 64), [&](int chunk, int) {
-      float y[64];
-      const uint8_t* pointers[64];
-      for (int i = 0; i < 64; ++i) pointers[i] = memory.data() + picked[chunk * 64 + i] * row_bytes;
-      best.gather_f16(pointers, 64, width, ones.data(), y);
+    time(1, picked.size(), [&](int chunk, int) {
+      float y[kRows];
+      const uint8_t* pointers[kRows];
+      for (size_t i = 0; i < kRows; ++i) pointers[i] = memory.data() + picked[chunk * kRows + i] * row_bytes;
+      best.gather_f16(pointers, kRows, width, ones.data(), y);
     });
-    gathered.push_back(gather.rate(static_cast<double>(picked.size() / 64 * 64 * row_bytes) * 1e-9)["per_second"]);
   }
-  std::sort(whole.begin(), whole.end());
-  std::sort(gathered.begin(), gathered.end());
-  return {{"read_gb_per_second", whole[2]}, {"gather_gb_per_second", gathered[2]}, {"row_bytes", row_bytes}};
+  const auto best_of = [](const std::vector<double>& rates) { return *std::max_element(rates.begin(), rates.end()); };
+  return {{"read_per_second", best_of(wall[0])},
+          {"read_per_cpu_second", best_of(cpu[0])},
+          {"gather_per_second", best_of(wall[1])},
+          {"gather_per_cpu_second", best_of(cpu[1])},
+          {"row_bytes", row_bytes}};
 }
 
 struct Options {
@@ -201,7 +210,10 @@ nlohmann::json run(const Options& options) {
                      {"threads", info.threads},
                      {"weight_bytes", info.weight_bytes},
                      {"activation", info.activation},
-                     {"kv_bytes_per_token", info.kv_bytes_per_token}};
+                     {"kv_bytes_per_token", info.kv_bytes_per_token},
+                     {"matrix_bytes", info.matrix_bytes},
+                     {"ffn_bytes", info.ffn_bytes},
+                     {"neuron_bytes", info.neuron_bytes}};
   if (options.tokens.empty()) {
     result.update(speed(*model, options));
   } else {

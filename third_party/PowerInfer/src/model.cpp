@@ -323,6 +323,12 @@ void TransformerModel::fill_info(const GgufFile& file) {
   info_.slots = options_.slots;
   info_.threads = pool_.size();
   info_.weight_bytes = memory_.size();
+  info_.matrix_bytes = output_.bytes();
+  for (const Layer& layer : layers_) {
+    for (const Matrix* matrix : {&layer.q, &layer.k, &layer.v, &layer.qkv, &layer.output})
+      info_.matrix_bytes += matrix->bytes();
+    layer.ffn->count_bytes(info_);
+  }
 }
 
 void TransformerModel::make_buffers() {

@@ -35,6 +35,9 @@ struct ModelInfo {
   int context = 0;  // tokens of one sequence
   int slots = 0, threads = 0;
   uint64_t weight_bytes = 0;
+  // What decoding one token reads: every byte of the first, the active neurons' share of the second.
+  uint64_t matrix_bytes = 0, ffn_bytes = 0;
+  uint64_t neuron_bytes = 0;        // of one neuron's bundle
   uint64_t kv_bytes_per_token = 0;  // of a long sequence
 };
 

@@ -1,0 +1,113 @@
+// OpenAI's completions protocol: request bodies to what the engine is asked, and its tokens to response bodies. No network.
+#pragma once
+
+#include <cstdint>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "chat.h"
+#include "engine.h"
+#include "tokenizer.h"
+
+namespace powerinfer {
+
+// What a client gets in place of an answer.
+class ApiError : public std::runtime_error {
+ public:
+  ApiError(int status, const std::string& message, std::string param = "", std::string code = "")
+      : std::runtime_error(message), status_(status), param_(std::move(param)), code_(std::move(code)) {}
+  int status() const { return status_; }
+  std::string body() const;  // {"error": {"message", "type", "param", "code"}}
+
+ private:
+  int status_;
+  std::string param_, code_;
+};
+
+struct ApiLimits {
+  std::string model;  // the name that requests may give; "" accepts every name
+  int vocabulary = 0;
+  int context = 0;
+  int max_choices = 1;  // answers to one request: prompts times n
+};
+
+struct Prompt {
+  std::string text;
+  std::vector<int32_t> tokens;
+  bool is_text = true;
+};
+
+struct ApiRequest {
+  bool chat = false;
+  std::vector<Prompt> prompts;    // completions
+  std::vector<Message> messages;  // chat
+  bool add_generation_prompt = true;
+  bool add_special_tokens = true;
+  bool skip_special_tokens = true;
+  int n = 1;
+  bool echo = false;
+  bool stream = false;
+  bool include_usage = false;  // a last chunk with the usage
+  bool has_max_tokens = false;
+  std::vector<std::string> stop;
+  Generation generation;  // what all prompts and choices share; without prompt and callbacks
+
+  int choices() const { return n * (chat ? 1 : static_cast<int>(prompts.size())); }
+};
+
+// Throw ApiError for a body that is no JSON object, for fields of a wrong type or value, and for fields that ask for what
+// this engine does not do. Fields that change nothing in the answer are ignored.
+ApiRequest parse_completion(std::string_view body, const ApiLimits& limits);
+ApiRequest parse_chat(std::string_view body, const ApiLimits& limits);
+ApiRequest parse_tokenize(std::string_view body, const ApiLimits& limits);  // one prompt, or messages
+std::vector<int32_t> parse_detokenize(std::string_view body, const ApiLimits& limits);
+
+// A seed for the i-th choice of a request: the first one keeps the request's.
+uint64_t choice_seed(uint64_t seed, int choice);
+
+struct Usage {
+  uint64_t prompt_tokens = 0, completion_tokens = 0;
+};
+
+// A part of the answer of one choice.
+struct Piece {
+  int choice = 0;
+  std::string text;           // valid UTF-8
+  std::vector<Token> tokens;  // with logprobs, where they were asked for
+  Finish finish = Finish::kNone;
+  std::string error;  // of Finish::kError and kCancelled
+};
+
+// Writes the bodies of one request's response. Not for several threads.
+class ResponseWriter {
+ public:
+  ResponseWriter(const ApiRequest& request, const Tokenizer& tokenizer, std::string model, std::string id, int64_t created);
+
+  // Chunks of a stream, without "data: ".
+  std::string first_chunk(int choice);  // chat: the role; "" for completions
+  std::string chunk(const Piece& piece);
+  std::string usage_chunk(const Usage& usage);
+  // The whole response; each choice's pieces joined to one.
+  std::string whole(const std::vector<Piece>& choices, const Usage& usage);
+
+ private:
+  const Tokenizer& tokenizer_;
+  const std::string model_, id_;
+  const int64_t created_;
+  const bool chat_, include_usage_, logprobs_;
+  std::vector<size_t> offsets_;  // characters of each choice's tokens so far
+
+  struct Json;  // keeps the JSON library out of this header
+  friend struct Json;
+};
+
+std::string models_body(const std::string& model, int context, int64_t created);
+std::string tokenize_body(const std::vector<int32_t>& tokens, int context);
+std::string detokenize_body(const std::string& text);
+// A token's bytes as text: as they are, or "bytes:\xe2\x80" where they are no whole characters.
+std::string token_text(const std::string& bytes);
+
+}  // namespace powerinfer
