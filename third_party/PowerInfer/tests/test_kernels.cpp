@@ -391,7 +391,7 @@ TEST_CASE("sparse neurons: gated and gathered products are those of dense rows")
             std::vector<float> h(count, 7.0f), gathered(count, 7.0f), gate(all), up(all), want(count);
             if (type == TensorType::kQ4_0) {
               kernels.gated_q4_0(gates.data(), count, b.up, b.gate_scales, b.up_scales, layout, activation.data(), relu_up,
-                                 h.data());
+                                 {b.down, b.bytes - b.down}, h.data());
               kernels.gather_q4_0(ups.data(), count, b.up_scales, layout, activation.data(), gathered.data());
               kernels.lanes_q4_0(neurons.bundles.data + b.gate, b.bytes, b.gate_scales, all, layout, activation.data(), 1,
                                  gate.data(), all);
@@ -399,7 +399,8 @@ TEST_CASE("sparse neurons: gated and gathered products are those of dense rows")
                                  up.data(), all);
             } else {
               const bool half = type == TensorType::kF16;
-              (half ? kernels.gated_f16 : kernels.gated_f32)(gates.data(), count, b.up, width, x.data(), relu_up, h.data());
+              (half ? kernels.gated_f16 : kernels.gated_f32)(gates.data(), count, b.up, width, x.data(), relu_up,
+                                                             {b.down, b.bytes - b.down}, h.data());
               (half ? kernels.gather_f16 : kernels.gather_f32)(ups.data(), count, width, x.data(), gathered.data());
               const auto rows = half ? kernels.rows_f16 : kernels.rows_f32;
               rows(neurons.bundles.data + b.gate, b.bytes, all, width, x.data(), width, 1, gate.data(), all);
@@ -430,7 +431,7 @@ TEST_CASE("a gate that is zero or no number closes its neuron") {
   const std::vector<float> x(16, 1.0f);
   const auto h = same_everywhere([&](const Kernels& kernels) {
     std::vector<float> out(4, 7.0f);
-    kernels.gated_f32(gates.data(), 4, 64, 16, x.data(), false, out.data());
+    kernels.gated_f32(gates.data(), 4, 64, 16, x.data(), false, {0, 0}, out.data());
     return out;
   });
   CHECK(h == std::vector<float>{0, 0, 0, 256});
