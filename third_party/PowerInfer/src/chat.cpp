@@ -116,7 +116,7 @@ std::string ChatTemplate::render(const std::vector<Message>& messages, bool add_
     throw request_error("the model's chat template is not rendered here for these messages (it uses " +
                         valid_utf8(error.what()) +
                         "): render it elsewhere and send the text or its tokens to /v1/completions, as vllm-powerquant's "
-                      "SparseEngine.chat does");
+                        "SparseEngine.chat does");
   }
 }
 
