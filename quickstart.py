@@ -154,9 +154,11 @@ def ask_command(url: str, report: str) -> list[str]:
 def plan_text(machine: str) -> str:
     environment = " ".join(f"{name}={value}" for name, value in SERVER_ENVIRONMENT.items())
     needed = [problem.text for problem in problems(machine, Facts.nothing())]
+    with_tests = problems(machine, Facts.nothing(), tests=True)
     lines = [
         f"machine: {machine}",
         f"needs: {'; '.join(needed)}",
+        f"--test also needs: {'; '.join(problem.text for problem in with_tests if problem.text not in needed)}",
         "(what a package brings is installed with apt-get when run as root)",
         "",
         "installed once (again when this plan or pyproject.toml changes):",
@@ -179,7 +181,10 @@ def plan_text(machine: str) -> str:
 
 @dataclass(frozen=True)
 class Facts:
-    """What this machine has; disk space in GB, counted only where something will be installed."""
+    """What this machine has; disk space in GB, counted only where something will be installed.
+
+    The last six are what the sparse engine is compiled with, for its tests.
+    """
 
     linux: bool
     python: tuple[int, int]
@@ -188,6 +193,12 @@ class Facts:
     libnuma: bool
     python_headers: bool
     free_gb: float
+    cmake: bool
+    make: bool
+    pkg_config: bool
+    httplib: bool
+    json: bool
+    doctest: bool
 
     @staticmethod
     def of_this_machine() -> Facts:
@@ -199,6 +210,12 @@ class Facts:
             libnuma=has_library("libnuma.so.1"),
             python_headers=(Path(sysconfig.get_paths()["include"]) / "Python.h").is_file(),
             free_gb=shutil.disk_usage(ROOT).free / 1e9,
+            cmake=has_program("cmake"),
+            make=has_program("ninja", "make"),
+            pkg_config=has_program("pkg-config", "pkgconf"),
+            httplib=has_header("httplib.h"),
+            json=has_header("nlohmann/json.hpp"),
+            doctest=has_header("doctest/doctest.h"),
         )
 
     @staticmethod
@@ -212,6 +229,12 @@ class Facts:
             libnuma=False,
             python_headers=False,
             free_gb=0.0,
+            cmake=False,
+            make=False,
+            pkg_config=False,
+            httplib=False,
+            json=False,
+            doctest=False,
         )
 
 
@@ -223,8 +246,11 @@ class Problem:
     package: str = ""
 
 
-def problems(machine: str, facts: Facts, installed: bool = False) -> list[Problem]:
-    """Needs that `facts` do not meet; an installed venv needs no disk space and no venv module."""
+def problems(machine: str, facts: Facts, installed: bool = False, tests: bool = False) -> list[Problem]:
+    """Needs that `facts` do not meet; an installed venv needs no disk space and no venv module.
+
+    Only the tests need what the sparse engine is compiled with.
+    """
     version = ".".join(map(str, facts.python))
     found = []
     if not facts.linux:
@@ -239,6 +265,19 @@ def problems(machine: str, facts: Facts, installed: bool = False) -> list[Proble
         found.append(Problem("the library libnuma.so.1", "libnuma1"))
     if machine == "cuda" and not facts.python_headers:
         found.append(Problem("Python's C headers (Triton compiles against Python.h)", f"python{version}-dev"))
+    if tests:
+        if not facts.cmake:
+            found.append(Problem("cmake", "cmake"))
+        if not facts.make:
+            found.append(Problem("ninja or make", "ninja-build"))
+        if not facts.pkg_config:
+            found.append(Problem("pkg-config", "pkg-config"))
+        if not facts.httplib:
+            found.append(Problem("the C++ library cpp-httplib", "libcpp-httplib-dev"))
+        if not facts.json:
+            found.append(Problem("the C++ library nlohmann-json", "nlohmann-json3-dev"))
+        if not facts.doctest:
+            found.append(Problem("the C++ library doctest", "doctest-dev"))
     if facts.free_gb < DISK_GB[machine] and not installed:
         found.append(Problem(f"{DISK_GB[machine]} GB of free disk space"))
     return found
@@ -265,6 +304,16 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in (*named, "g++", "clang++"))
 
 
+def has_program(*names: str) -> bool:
+    return any(shutil.which(name) for name in names)
+
+
+def has_header(name: str) -> bool:
+    """Where compilers look, and where CMake is told to."""
+    prefixes = ["/usr", "/usr/local", *re.split("[:;]", os.environ.get("CMAKE_PREFIX_PATH", ""))]
+    return any((Path(prefix) / "include" / name).is_file() for prefix in prefixes if prefix)
+
+
 def has_library(name: str) -> bool:
     try:
         ctypes.CDLL(name)
@@ -273,10 +322,10 @@ def has_library(name: str) -> bool:
     return True
 
 
-def check_preconditions(machine: str, installed: bool) -> None:
+def check_preconditions(machine: str, installed: bool, tests: bool = False) -> None:
     """Raises CannotRun with one line; as root with apt-get, installs what a package brings."""
     facts = Facts.of_this_machine()
-    found = problems(machine, facts, installed)
+    found = problems(machine, facts, installed, tests)
     can_install = found and all(problem.package for problem in found)
     if can_install and os.geteuid() == 0 and shutil.which("apt-get"):
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
@@ -289,7 +338,7 @@ def check_preconditions(machine: str, installed: bool) -> None:
         except StepFailed as error:
             raise CannotRun(problems_line(found, facts)) from error
         facts = Facts.of_this_machine()
-        found = problems(machine, facts, installed)
+        found = problems(machine, facts, installed, tests)
     if found:
         raise CannotRun(problems_line(found, facts))
 
@@ -693,7 +742,7 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     try:
-        check_preconditions(machine, installed=is_installed(machine))
+        check_preconditions(machine, installed=is_installed(machine), tests=options.test)
         install(machine)
         if options.test:
             return run_tests(pytest_arguments)

@@ -21,10 +21,19 @@ def run_fresh(code: str) -> str:
 
 @pytest.mark.parametrize(
     "module",
-    ["vllm_powerquant", "vllm_powerquant.config", "vllm_powerquant.model", "vllm_powerquant.sparse.convert"],
+    [
+        "vllm_powerquant",
+        "vllm_powerquant.cli",
+        "vllm_powerquant.config",
+        "vllm_powerquant.info",
+        "vllm_powerquant.model",
+        "vllm_powerquant.serve",
+        "vllm_powerquant.sparse.convert",
+        "vllm_powerquant.sparse.executor",
+    ],
 )
 def test_import_loads_no_heavy_library(module):
-    heavy = ("torch", "vllm", "transformers", "numpy", "gguf")
+    heavy = ("torch", "vllm", "transformers", "numpy", "gguf", "jinja2")
     loaded = run_fresh(f"import sys, {module}; print(*[name for name in {heavy!r} if name in sys.modules])")
     assert loaded == ""
 

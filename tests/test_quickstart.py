@@ -50,6 +50,12 @@ def complete(quickstart):
         libnuma=True,
         python_headers=True,
         free_gb=100.0,
+        cmake=True,
+        make=True,
+        pkg_config=True,
+        httplib=True,
+        json=True,
+        doctest=True,
     )
 
 
@@ -77,6 +83,7 @@ def test_plan_cpu():
     positions = [text.index(step) for step in steps]
     assert positions == sorted(positions)
     assert "libnuma.so.1" in text and "C++ compiler" in text
+    assert "--test also needs: cmake; ninja or make; pkg-config; the C++ library cpp-httplib;" in text
 
 
 def test_plan_cuda():
@@ -169,6 +176,34 @@ def test_missing_need_is_one_line(quickstart, complete, machine, lack, line):
     assert quickstart.problems_line(quickstart.problems(machine, facts), facts) == line
 
 
+ENGINE_NEEDS = {
+    "cmake": "cmake",
+    "make": "ninja-build",
+    "pkg_config": "pkg-config",
+    "httplib": "libcpp-httplib-dev",
+    "json": "nlohmann-json3-dev",
+    "doctest": "doctest-dev",
+}
+
+
+@pytest.mark.parametrize("machine", ["cpu", "cuda"])
+def test_only_tests_need_what_the_engine_is_compiled_with(quickstart, complete, machine):
+    facts = dataclasses.replace(complete, **dict.fromkeys(ENGINE_NEEDS, False))
+    assert quickstart.problems(machine, facts) == []
+    found = quickstart.problems(machine, facts, tests=True)
+    assert [problem.package for problem in found] == list(ENGINE_NEEDS.values())
+    line = quickstart.problems_line(found, facts)
+    assert line.endswith(f"; run: sudo apt-get install -y {' '.join(ENGINE_NEEDS.values())}") and "\n" not in line
+
+
+def test_headers_are_found_where_cmake_is_told_to_look(quickstart, tmp_path, monkeypatch):
+    assert not quickstart.has_header("some/header.hpp")
+    (tmp_path / "include" / "some").mkdir(parents=True)
+    (tmp_path / "include" / "some" / "header.hpp").touch()
+    monkeypatch.setenv("CMAKE_PREFIX_PATH", f"/nonexistent:{tmp_path}")
+    assert quickstart.has_header("some/header.hpp")
+
+
 def test_disk_space_names_place_and_amount(quickstart, complete, tmp_path):
     facts = dataclasses.replace(complete, free_gb=1.25)
     line = quickstart.problems_line(quickstart.problems("cpu", facts), facts)
@@ -210,6 +245,20 @@ def test_root_installs_what_is_missing(quickstart, on_machine):
     quickstart.check_preconditions("cpu", installed=False)
     install = ("apt-get", "install", "-y", "--no-install-recommends", "g++", "libnuma1")
     assert ran == [("apt-get", "update"), install]
+
+
+def test_root_installs_what_the_engine_is_compiled_with_for_tests_alone(quickstart, on_machine):
+    ran = on_machine({"cmake": False, "httplib": False}, root=True)
+    quickstart.check_preconditions("cpu", installed=True)
+    assert ran == []
+    quickstart.check_preconditions("cpu", installed=True, tests=True)
+    assert ran[-1][-2:] == ("cmake", "libcpp-httplib-dev")
+
+
+def test_missing_cmake_stops_the_tests_alone(quickstart, on_machine, capsys):
+    on_machine({"cmake": False}, root=False)
+    assert quickstart.main(["--machine", "cpu", "--test"]) == 2
+    assert capsys.readouterr().err == "error: missing: cmake; run: sudo apt-get install -y cmake\n"
 
 
 @pytest.mark.parametrize("options", [{"root": False}, {"root": True, "apt_get": False}], ids=["no-root", "no-apt-get"])
@@ -341,7 +390,7 @@ def test_failing_step_shows_its_last_lines(quickstart, tmp_path, capsys):
 
 
 def test_arguments_after_the_dashes_go_to_pytest(quickstart, monkeypatch):
-    monkeypatch.setattr(quickstart, "check_preconditions", lambda machine, installed: None)
+    monkeypatch.setattr(quickstart, "check_preconditions", lambda machine, installed, tests: None)
     monkeypatch.setattr(quickstart, "install", lambda machine: None)
     monkeypatch.setattr(quickstart.signal, "signal", lambda number, handler: None)
     quickstart.PYTHON.parent.mkdir(parents=True)

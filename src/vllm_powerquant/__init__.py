@@ -1,4 +1,4 @@
-"""KV-cache compression for stock vLLM.
+"""KV-cache compression for stock vLLM, and sparse ReLU models on a CPU.
 
 Importing the package loads neither torch nor vLLM; public names are loaded on first use.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from importlib import metadata
 
-_LAZY = {"PowerQuantConfig": "config", "PowerQuantError": "errors"}
+_LAZY = {"PowerQuantConfig": "config", "PowerQuantError": "errors", "SparseEngine": "sparse.executor"}
 
 __all__ = ["__version__", *_LAZY]
 

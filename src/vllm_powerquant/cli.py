@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import PowerQuantConfigError, PowerQuantError
@@ -51,6 +54,22 @@ def main(argv: list[str] | None = None) -> int:
     verb.add_argument("--family", choices=("llama", "bamboo"), help="where the checkpoint's class does not say it")
     verb.add_argument("--json", action="store_true", help="print the report as JSON, and no progress")
     verb.set_defaults(run=_convert)
+    verb = verbs.add_parser(
+        "serve",
+        help="serve a model by OpenAI's protocol",
+        description="A file in GGUF or PowerInfer format (whatever its name) is served by the sparse engine, a Hugging Face "
+        "checkpoint by vLLM with --attention-backend POWERQUANT. The process becomes that server: signals and exit status "
+        "are its own.",
+        usage="powerquant serve [-h] [--dry-run] MODEL [the server's flags ...]",
+        allow_abbrev=False,
+    )
+    verb.add_argument("--dry-run", action="store_true", help="print the server's command instead (before MODEL)")
+    verb.add_argument("model", metavar="MODEL", help="file, checkpoint folder or name on the Hugging Face hub")
+    verb.add_argument("flags", nargs=argparse.REMAINDER, help="passed on to the server, e.g. --host 0.0.0.0 --port 8000")
+    verb.set_defaults(run=_serve)
+    verb = verbs.add_parser("info", help="what is installed here and what of it can run")
+    verb.add_argument("--json", action="store_true", help="print it as JSON")
+    verb.set_defaults(run=_info)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -101,6 +120,48 @@ def _convert(args: argparse.Namespace) -> int:
         f"{done.hidden_size}, {done.intermediate_size} neurons each; {done.file_bytes / 1e6:.1f} MB in {done.seconds:.1f} s"
     )
     return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from .serve import choose, command, replace_process
+
+    choice = choose(args.model)
+    words = command(choice, args.flags, say=_build_progress(), build=not args.dry_run)
+    if args.dry_run:
+        print(shlex.join(words))
+        return 0
+    _say(f"{args.model} is {choice.reason}; starting: {shlex.join(words)}")
+    replace_process(words)
+    return 1
+
+
+def _info(args: argparse.Namespace) -> int:
+    from .info import collect, text
+
+    facts = collect()
+    print(json.dumps(facts) if args.json else text(facts))
+    return 0
+
+
+def _build_progress() -> Callable[[str], None]:
+    """Prints lines over each other on a terminal, else one every 10 s."""
+    terminal = sys.stderr.isatty()
+    printed = float("-inf")
+
+    def show(line: str) -> None:
+        nonlocal printed
+        if terminal:
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() >= printed + 10:
+            printed = time.monotonic()
+            _say(line)
+
+    return show
+
+
+def _say(line: str) -> None:
+    over = "\r\x1b[K" if sys.stderr.isatty() else ""
+    print(f"{over}powerquant: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from vllm_powerquant.errors import PowerQuantConfigError
 
 ENV_PREFIX = "POWERQUANT_"
 
-# Names with our prefix that the set-up reads; they are no options of the cache.
-OTHER_ENV_NAMES = ("POWERQUANT_CACHE_DIR", "POWERQUANT_MODEL_GGUF")
+# Names with our prefix that are read elsewhere; they are no options of the cache.
+OTHER_ENV_NAMES = ("POWERQUANT_CACHE_DIR", "POWERQUANT_ENGINE", "POWERQUANT_MODEL_GGUF")
 
 # Options that a preset sets where neither source gives them; the measured cost of each stands in the README.
 PRESET, PRESET_ENV, DEFAULT_PRESET = "preset", "POWERQUANT_PRESET", "balanced"

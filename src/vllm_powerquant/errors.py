@@ -11,3 +11,7 @@ class PowerQuantConfigError(PowerQuantError, ValueError):
 
 class PowerQuantUnsupportedError(PowerQuantError, NotImplementedError):
     """The request is valid but this package does not support it; the message says what to use instead."""
+
+
+class PowerQuantEngineError(PowerQuantError, RuntimeError):
+    """The sparse engine or a server in its place could not be built, started or reached, or it failed while it answered."""

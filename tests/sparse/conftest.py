@@ -43,3 +43,24 @@ def engine_build() -> Path:
             pytest.skip(f"the engine cannot be built here without {', '.join(missing)}")
         assert not failed, f"{' '.join(command)}\n{output}"
     return BUILD
+
+
+@pytest.fixture(scope="session")
+def engine_server(request) -> Path:
+    """The server under test: the one that POWERQUANT_ENGINE names, else the one built here."""
+    named = os.environ.get("POWERQUANT_ENGINE")
+    return Path(named) if named else request.getfixturevalue("engine_build") / "powerinfer-server"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A sparse model of random weights with room for long answers: a PWRI file beside its checkpoint."""
+    from dataclasses import replace
+
+    from sparse.models import SHAPES, write_checkpoint
+    from vllm_powerquant.sparse.convert import convert
+
+    shape = replace(SHAPES["tiny"], context_length=8192)
+    folder = write_checkpoint(shape, tmp_path_factory.mktemp("tiny") / "tiny")
+    convert(folder, folder / "tiny.gguf", predictor=folder / "predictor", progress=False)
+    return folder / "tiny.gguf"

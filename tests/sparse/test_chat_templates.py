@@ -201,10 +201,12 @@ def test_smollm2_puts_its_default_system_prompt(engine_build):
 
 
 PIECES = (
-    "{% if add_generation_prompt %}|{% else %}|{% elif messages %}|{% endif %}|{% for m in messages %}|{% endfor %}|{{ m.role }}|"
-    "{{- messages[0].content -}}|{%- set x = 'a' %}|{% set x = x ~ 1 -%}|{{ x }}|\n|  |\n  |text|{# note #}|{{ bos_token }}|"
+    "{% if add_generation_prompt %}|{% else %}|{% elif messages %}|{% endif %}|{% for m in messages %}|{% endfor %}|"
+    "{{ m.role }}|{{- messages[0].content -}}|{%- set x = 'a' %}|{% set x = x ~ 1 -%}|{{ x }}|\n|  |\n  |text|"
+    "{# note #}|{{ bos_token }}|"
     "{{ missing }}|{{ messages | length + 1 }}|{{ 'a' in messages[0].content }}|{{ loop.index }}|{{ m.content | trim }}|"
-    "{{ 'x' if m else 'y' }}|{%- endif -%}|{%+ endfor +%}|{{ 'a' + 1 }}|{{ [1, 2][-1] }}|{{ 'abc'[::2] }}|{% break %}|{{ - 2 | string }}"
+    "{{ 'x' if m else 'y' }}|{%- endif -%}|{%+ endfor +%}|{{ 'a' + 1 }}|{{ [1, 2][-1] }}|"
+    "{{ 'abc'[::2] }}|{% break %}|{{ - 2 | string }}"
 ).split("|")
 
 

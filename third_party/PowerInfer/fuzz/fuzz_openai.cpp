@@ -44,7 +44,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const std::string_view body(reinterpret_cast<const char*>(data) + 1, size - 1);
   try {
     switch (data[0] % 5) {
-      case 0: whole_answer(parse_completion(body, limits)); break;
+      case 0:
+        whole_answer(parse_completion(body, limits));
+        break;
       case 1: {
         const ApiRequest request = parse_chat(body, limits);
         whole_answer(request);
@@ -52,9 +54,15 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         ChatTemplate::from_name("llama2", kTokenizer).render(request.messages, true);
         break;
       }
-      case 2: parse_tokenize(body, limits); break;
-      case 3: parse_detokenize(body, limits); break;
-      case 4: ChatTemplate::from_source(body, kTokenizer).render({{"user", "a"}, {"assistant", "b"}}, true); break;
+      case 2:
+        parse_tokenize(body, limits);
+        break;
+      case 3:
+        parse_detokenize(body, limits);
+        break;
+      case 4:
+        ChatTemplate::from_source(body, kTokenizer).render({{"user", "a"}, {"assistant", "b"}}, true);
+        break;
     }
   } catch (const ApiError& error) {
     if (error.status() < 400 || error.status() > 499 || error.body().empty()) std::abort();

@@ -22,6 +22,7 @@ struct BundleLayout {
   size_t gate_scales = 0, up_scales = 0, down_scales = 0;  // from the row's codes
   size_t bytes = 0;                                        // from one neuron to the next, a multiple of 64
 
+  int element_bytes() const { return type == TensorType::kF16 ? 2 : 4; }  // of F16 and F32
   // Columns of a down row as the kernels see it: the width, for Q4_0 rounded up to 128.
   int padded_width() const { return type == TensorType::kQ4_0 ? static_cast<int>(round_up(width, 128)) : width; }
 };

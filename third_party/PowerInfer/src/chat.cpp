@@ -81,7 +81,8 @@ ChatTemplate ChatTemplate::from_source(std::string_view source, const Tokenizer&
   } catch (const jinja::Unsupported& error) {
     result.missing_ = error.what();
     result.missing_ = "the model's chat template is not rendered here (it uses " + valid_utf8(result.missing_) +
-                      "): `powerquant serve` renders it in Python and sends the text or its tokens to /v1/completions";
+                      "): render it elsewhere and send the text or its tokens to /v1/completions, as vllm-powerquant's "
+                      "SparseEngine.chat does";
   }
   return result;
 }
@@ -114,7 +115,8 @@ std::string ChatTemplate::render(const std::vector<Message>& messages, bool add_
   } catch (const jinja::Unsupported& error) {
     throw request_error("the model's chat template is not rendered here for these messages (it uses " +
                         valid_utf8(error.what()) +
-                        "): `powerquant serve` renders it in Python and sends the text or its tokens to /v1/completions");
+                        "): render it elsewhere and send the text or its tokens to /v1/completions, as vllm-powerquant's "
+                        "SparseEngine.chat does");
   }
 }
 

@@ -12,6 +12,10 @@ constexpr int kPanelRows = 128;    // neurons whose down rows are expanded at a 
 constexpr int kListChunk = 32;     // active neurons of one piece of work for one token
 constexpr int kRangeNeurons = 64;  // neurons of one piece of work for several tokens
 
+void ask_for(const uint8_t* at, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+}
+
 void add_bias(float* x, const float* bias, int n) {
   if (!bias) return;
   for (int i = 0; i < n; ++i) x[i] += bias[i];
@@ -205,12 +209,20 @@ void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, int fi
   } else {
     // by ranges of neurons: what one token has read, the next finds in the cache
     compute.pool.run((a.ffn + kRangeNeurons - 1) / kRangeNeurons, [&](int chunk, int) {
+      const auto range = [&](int t) {
+        const std::vector<int32_t>& ids = tokens_[t].ids;
+        const auto begin = std::lower_bound(ids.begin(), ids.end(), chunk * kRangeNeurons);
+        const auto end = std::lower_bound(begin, ids.end(), (chunk + 1) * kRangeNeurons);
+        return std::pair<int, int>(begin - ids.begin(), end - ids.begin());
+      };
+      std::pair<int, int> here = range(0);
       for (int t = 0; t < n; ++t) {
+        const std::pair<int, int> next = t + 1 < n ? range(t + 1) : std::pair<int, int>();
+        for (int i = next.first; i < next.second; ++i) ask_for(bundles.neuron(tokens_[t + 1].ids[i]), layout.down);
         TokenNeurons& token = tokens_[t];
-        const auto begin = std::lower_bound(token.ids.begin(), token.ids.end(), chunk * kRangeNeurons) - token.ids.begin();
-        const auto end =
-            std::lower_bound(token.ids.begin() + begin, token.ids.end(), (chunk + 1) * kRangeNeurons) - token.ids.begin();
-        neurons(operand, first + t, token.ids.data() + begin, static_cast<int>(end - begin), false, token.h.data() + begin);
+        neurons(operand, first + t, token.ids.data() + here.first, here.second - here.first, false,
+                token.h.data() + here.first);
+        here = next;
       }
     });
   }
@@ -243,7 +255,7 @@ void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, int fi
   std::fill_n(out, static_cast<size_t>(n) * padded, 0.0f);
   compute.pool.run((padded + columns - 1) / columns, [&](int chunk, int) {
     const int column = chunk * columns, here = std::min(columns, padded - column);
-    const size_t offset = static_cast<size_t>(column) * (layout.type == TensorType::kF16 ? 2 : 4);
+    const size_t offset = static_cast<size_t>(column) * layout.element_bytes();
     const auto add = [&](int t, int begin, int end) {
       const TokenNeurons& token = tokens_[t];
       const uint8_t* const* rows = token.rows.data() + begin;
@@ -259,8 +271,21 @@ void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, int fi
     if (n == 1 && !quantized) {
       add(0, 0, static_cast<int>(tokens_[0].rows.size()));
     } else {
+      // a group's rows are asked for while the group before is added
+      const size_t part = quantized ? static_cast<size_t>(column) / 2 : offset;
+      const size_t part_bytes =
+          quantized ? static_cast<size_t>(here) / 2 : static_cast<size_t>(here) * layout.element_bytes();
       for (int group = 0; group < groups; ++group) {
-        for (int t = 0; t < n; ++t) add(t, tokens_[t].group_begin[group], tokens_[t].group_begin[group + 1]);
+        for (int t = 0; t < n; ++t) {
+          const TokenNeurons& token = tokens_[t];
+          if (group + 1 < groups && n > 1) {
+            for (int i = token.group_begin[group + 1]; i < token.group_begin[group + 2]; ++i) {
+              ask_for(token.rows[i] + part, part_bytes);
+              if (quantized) ask_for(token.rows[i] + layout.down_scales + column / 16, static_cast<size_t>(here) / 16);
+            }
+          }
+          add(t, token.group_begin[group], token.group_begin[group + 1]);
+        }
       }
     }
     finish(out, padded, column, std::min(here, a.width - column), n, input.residual + static_cast<size_t>(first) * a.width);

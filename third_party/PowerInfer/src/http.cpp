@@ -262,7 +262,7 @@ bool HttpServer::process_and_close_socket(int socket) {
     return false;
   }
   set_phase(socket, Phase::kReading);
-  bool unread = true;
+  bool unread = false;
   try {
     const int yes = 1;
     ::setsockopt(socket, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
@@ -317,7 +317,8 @@ void HttpServer::set_phase(int socket, Phase phase) {
   std::lock_guard lock(mutex_);
   connections_[socket] = phase;
   changed_.notify_all();
-  if (finishing_ && phase == Phase::kIdle) ::shutdown(socket, SHUT_RD);
+  // one that was accepted after shut_down() has nobody else to end it
+  if (finishing_ && (phase == Phase::kIdle || cut_off_)) ::shutdown(socket, SHUT_RD);
 }
 
 bool HttpServer::close_one_idle() {
@@ -351,6 +352,7 @@ void HttpServer::shut_down() {
   finish_connections();
   {
     std::lock_guard lock(mutex_);
+    cut_off_ = true;
     for (const auto& [socket, phase] : connections_) {
       ::shutdown(socket, phase == Phase::kAnswering ? SHUT_RDWR : SHUT_RD);
     }

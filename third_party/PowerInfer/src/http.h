@@ -89,7 +89,7 @@ class HttpServer final : public httplib::Server {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::map<int, Phase> connections_;
-  bool finishing_ = false;
+  bool finishing_ = false, cut_off_ = false;
 };
 
 }  // namespace powerinfer

@@ -64,10 +64,60 @@ inline void rows_tile(const uint8_t* const* rows, int k, const float* x, size_t 
   }
 }
 
+constexpr int kQuad = 4;
+
+// Products of up to four rows with x, while the lines of four other rows come: `ahead` may be null.
+template <typename Element>
+inline void quad(const uint8_t* const* rows, int count, const uint8_t* const* ahead, int ahead_count, int k, const float* x,
+                 float* y) {
+  const size_t bytes = static_cast<size_t>(k) * Element::kBytes;
+  if (count < kQuad) {
+    for (int r = 0; r < ahead_count; ++r) prefetch_range(ahead[r], bytes);
+    for (int r = 0; r < count; ++r) rows_tile<Element, 1, 1>(rows + r, k, x, 0, y + r, 0);
+    return;
+  }
+  // one line of each row ahead for each line that is read
+  constexpr int kLine = 64 / Element::kBytes;
+  Floats acc[kQuad];
+  POWERINFER_UNROLL
+  for (int r = 0; r < kQuad; ++r) acc[r] = zero();
+  int i = 0;
+  for (; i + kLine <= k; i += kLine) {
+    for (int r = 0; r < ahead_count; ++r) prefetch(ahead[r] + i * Element::kBytes);
+    POWERINFER_UNROLL
+    for (int j = 0; j < kLine; j += 16) {
+      const Floats xt = load(x + i + j);
+      POWERINFER_UNROLL
+      for (int r = 0; r < kQuad; ++r) acc[r] = fma(Element::at(rows[r], i + j), xt, acc[r]);
+    }
+  }
+  for (; i + 16 <= k; i += 16) {
+    const Floats xt = load(x + i);
+    POWERINFER_UNROLL
+    for (int r = 0; r < kQuad; ++r) acc[r] = fma(Element::at(rows[r], i), xt, acc[r]);
+  }
+  if (i < k) {
+    const Floats xt = load(x + i, k - i);
+    POWERINFER_UNROLL
+    for (int r = 0; r < kQuad; ++r) acc[r] = fma(Element::at(rows[r], i, k - i), xt, acc[r]);
+  }
+  POWERINFER_UNROLL
+  for (int r = 0; r < kQuad; ++r) y[r] = sum(acc[r]);
+}
+
 template <typename Element, int T>
 void rows_of_tokens(const uint8_t* data, size_t row_bytes, int rows, int k, const float* x, size_t x_stride, float* y,
                     size_t y_stride) {
   int r = 0;
+  if constexpr (T == 1) {
+    // one token waits for memory: the next four rows are asked for while four are read
+    for (; r + kQuad <= rows; r += kQuad) {
+      const uint8_t* pointers[2 * kQuad];
+      for (int i = 0; i < 2 * kQuad; ++i) pointers[i] = data + (r + i) * row_bytes;
+      const int ahead = rows - r - kQuad < kQuad ? rows - r - kQuad : kQuad;
+      quad<Element>(pointers, kQuad, pointers + kQuad, ahead, k, x, y + r);
+    }
+  }
   for (; r + 4 <= rows; r += 4) {
     const uint8_t* at = data + r * row_bytes;
     const uint8_t* const four[4] = {at, at + row_bytes, at + 2 * row_bytes, at + 3 * row_bytes};
@@ -215,6 +265,11 @@ struct Q8_0 {
   }
 };
 
+#ifndef AHEAD
+#define AHEAD 2048
+#endif
+constexpr size_t kBytesAhead = AHEAD;
+
 template <typename Format, int T>
 inline void packed_group(const uint8_t* codes, const ActivationLayout& layout, const uint8_t* x, Floats* totals) {
   const uint8_t* scales = codes + layout.blocks * Format::kBlockBytes;
@@ -222,6 +277,12 @@ inline void packed_group(const uint8_t* codes, const ActivationLayout& layout, c
   for (int t = 0; t < T; ++t) totals[t] = zero();
   for (int block = 0; block < layout.blocks; ++block) {
     Ints u[8];
+    if constexpr (T == 1) {
+      // one token waits for memory, more of it than the hardware asks for
+      const uint8_t* ahead = codes + block * Format::kBlockBytes + kBytesAhead;
+      POWERINFER_UNROLL
+      for (size_t i = 0; i < Format::kBlockBytes; i += 64) prefetch(ahead + i);
+    }
     Format::unpack(codes, block, u);
     POWERINFER_UNROLL
     for (int t = 0; t < T; ++t) {
@@ -253,6 +314,14 @@ inline void q6_k_group(const uint8_t* codes, const ActivationLayout& layout, con
     for (int t = 0; t < T; ++t) partial[t] = zero();
     for (int block = 8 * super; block < 8 * super + 8; ++block) {
       Ints u[8];
+      if constexpr (T == 1) {
+        const uint8_t* ahead = codes + block * size_t{256} + kBytesAhead;
+        const uint8_t* high_ahead = high + block * size_t{128} + kBytesAhead;
+        POWERINFER_UNROLL
+        for (size_t i = 0; i < 256; i += 64) prefetch(ahead + i);
+        POWERINFER_UNROLL
+        for (size_t i = 0; i < 128; i += 64) prefetch(high_ahead + i);
+      }
       unpack_nibbles(codes + block * size_t{256}, u);
       const Ints h0 = load_ints(high + block * size_t{128}), h1 = load_ints(high + block * size_t{128} + 64);
       u[0] = or_ints(u[0], and_ints(shift_left<4>(h0), top));
@@ -380,47 +449,6 @@ void lanes_q4_0(const uint8_t* data, size_t row_bytes, size_t scales_offset, int
 }
 
 // Sparse neurons of one token
-
-constexpr int kQuad = 4;
-
-// Products of up to four rows with x, while the lines of four other rows come: `ahead` may be null.
-template <typename Element>
-inline void quad(const uint8_t* const* rows, int count, const uint8_t* const* ahead, int ahead_count, int k, const float* x,
-                 float* y) {
-  const size_t bytes = static_cast<size_t>(k) * Element::kBytes;
-  if (count < kQuad) {
-    for (int r = 0; r < ahead_count; ++r) prefetch_range(ahead[r], bytes);
-    for (int r = 0; r < count; ++r) rows_tile<Element, 1, 1>(rows + r, k, x, 0, y + r, 0);
-    return;
-  }
-  // one line of each row ahead for each line that is read
-  constexpr int kLine = 64 / Element::kBytes;
-  Floats acc[kQuad];
-  POWERINFER_UNROLL
-  for (int r = 0; r < kQuad; ++r) acc[r] = zero();
-  int i = 0;
-  for (; i + kLine <= k; i += kLine) {
-    for (int r = 0; r < ahead_count; ++r) prefetch(ahead[r] + i * Element::kBytes);
-    POWERINFER_UNROLL
-    for (int j = 0; j < kLine; j += 16) {
-      const Floats xt = load(x + i + j);
-      POWERINFER_UNROLL
-      for (int r = 0; r < kQuad; ++r) acc[r] = fma(Element::at(rows[r], i + j), xt, acc[r]);
-    }
-  }
-  for (; i + 16 <= k; i += 16) {
-    const Floats xt = load(x + i);
-    POWERINFER_UNROLL
-    for (int r = 0; r < kQuad; ++r) acc[r] = fma(Element::at(rows[r], i), xt, acc[r]);
-  }
-  if (i < k) {
-    const Floats xt = load(x + i, k - i);
-    POWERINFER_UNROLL
-    for (int r = 0; r < kQuad; ++r) acc[r] = fma(Element::at(rows[r], i, k - i), xt, acc[r]);
-  }
-  POWERINFER_UNROLL
-  for (int r = 0; r < kQuad; ++r) y[r] = sum(acc[r]);
-}
 
 template <typename Element>
 void gated_kernel(const uint8_t* const* gates, int count, size_t up_offset, int k, const float* x, bool relu_up,

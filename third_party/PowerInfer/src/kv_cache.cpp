@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kTokenBlock = 16;  // queries of one key-value head that read it together
 constexpr int kPanelRows = 128;
+constexpr int kPanelQueries = 4;  // fewer read the values as they are
 
 // [layer][slot][keys, values][kv head][context][head size] fp16; pages come as tokens do.
 class F16Cache : public KvCache {
@@ -65,6 +66,7 @@ class F16Cache : public KvCache {
   };
   struct Scratch {
     std::vector<float> queries, scores, panel, out;
+    std::vector<const uint8_t*> rows;
   };
 
   void store(int layer, const KvTokens& tokens, const float* keys, const float* values) {
@@ -113,13 +115,23 @@ class F16Cache : public KvCache {
       std::fill(scores + seen, scores + length, 0.0f);
     }
     const auto* values = reinterpret_cast<const uint8_t*>(rows(layer, tokens.slot, 1, item.head));
-    for (int position = 0; position < length; position += kPanelRows) {
-      const int here = std::min(kPanelRows, length - position);
-      for (int c = 0; c < size; c += kPanelColumns) {
-        const int columns = std::min(kPanelColumns, size - c);
-        kernels.panel_f16(values + position * row_bytes, row_bytes, 0, here, c, columns, scratch.panel.data());
-        kernels.columns(scratch.panel.data(), here, columns, scratch.scores.data() + position, score_stride, rows_count,
-                        scratch.out.data() + c, size);
+    if (rows_count < kPanelQueries) {
+      // expanding values to fp32 pays for many queries only; the order of sums is the same
+      scratch.rows.resize(length);
+      for (int position = 0; position < length; ++position) scratch.rows[position] = values + position * row_bytes;
+      for (int row = 0; row < rows_count; ++row) {
+        kernels.accumulate_f16(scratch.rows.data(), 0, scratch.scores.data() + row * score_stride, length, size,
+                               scratch.out.data() + static_cast<size_t>(row) * size);
+      }
+    } else {
+      for (int position = 0; position < length; position += kPanelRows) {
+        const int here = std::min(kPanelRows, length - position);
+        for (int c = 0; c < size; c += kPanelColumns) {
+          const int columns = std::min(kPanelColumns, size - c);
+          kernels.panel_f16(values + position * row_bytes, row_bytes, 0, here, c, columns, scratch.panel.data());
+          kernels.columns(scratch.panel.data(), here, columns, scratch.scores.data() + position, score_stride, rows_count,
+                          scratch.out.data() + c, size);
+        }
       }
     }
     for (int row = 0; row < rows_count; ++row) {

@@ -1,4 +1,5 @@
 // powerinfer-server: an OpenAI-compatible server for one model file.
+#include <poll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -188,8 +189,8 @@ void serve(Options options) {
   std::printf("listening on http://%s:%d\n", host.c_str(), port);
   std::fflush(stdout);
 
-  uint64_t count;
-  while (::read(stop_event, &count, sizeof count) < 0 && errno == EINTR) {
+  pollfd stop{stop_event, POLLIN, 0};
+  while (::poll(&stop, 1, -1) < 0 && errno == EINTR) {
   }
   api.start_draining();
   http.finish_connections();

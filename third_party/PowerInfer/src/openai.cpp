@@ -343,6 +343,8 @@ void parse_common(Fields& fields, const ApiLimits& limits, ApiRequest& request) 
   }
   generation.ignore_eos = fields.boolean("ignore_eos", false);
   request.skip_special_tokens = fields.boolean("skip_special_tokens", true);
+  request.return_token_ids = fields.boolean("return_token_ids", false);
+  request.tokens_as_ids = fields.boolean("return_tokens_as_token_ids", false);
   request.n = static_cast<int>(fields.integer("n", 1, 1, limits.max_choices));
   request.stream = fields.boolean("stream", false);
   if (const json* options = fields.find("stream_options")) {
@@ -362,8 +364,6 @@ void parse_common(Fields& fields, const ApiLimits& limits, ApiRequest& request) 
   fields.refuse("priority", 0);
   fields.refuse("prompt_logprobs");
   fields.refuse("truncate_prompt_tokens");
-  fields.refuse("return_tokens_as_token_ids", false);
-  fields.refuse("return_token_ids", false);
   fields.refuse_unless_empty("bad_words");
   fields.refuse_unless_empty("logits_processors");
   if (const json* format = fields.find("response_format")) {
@@ -407,6 +407,9 @@ ApiRequest parse_completion(std::string_view body, const ApiLimits& limits) {
   request.add_special_tokens = fields.boolean("add_special_tokens", true);
   request.echo = fields.boolean("echo", false);
   request.generation.sampling.logprobs = static_cast<int>(fields.integer("logprobs", -1, 0, kMaxLogprobs));
+  if (request.echo && request.return_token_ids) {
+    throw bad("return_token_ids", "return_token_ids is not supported together with echo");
+  }
   if (request.echo) request.generation.prompt_logprobs = request.generation.sampling.logprobs;
   request.has_max_tokens = fields.find("max_tokens") != nullptr;
   request.generation.max_tokens = static_cast<int>(fields.integer("max_tokens", 16, 0, std::numeric_limits<int32_t>::max()));
@@ -517,6 +520,22 @@ struct ResponseWriter::Json {
 
   std::string bytes(int32_t token) const { return writer.tokenizer_.token_bytes(token, true); }
 
+  std::string name(int32_t token) const {
+    return writer.tokens_as_ids_ ? "token_id:" + std::to_string(token) : token_text(bytes(token));
+  }
+
+  const std::vector<int32_t>& prompt(int choice) const {
+    static const std::vector<int32_t> kNone;
+    const size_t number = static_cast<size_t>(choice) / writer.n_;
+    return number < writer.prompts_.size() ? writer.prompts_[number] : kNone;
+  }
+
+  static ordered ids(const Piece& piece) {
+    ordered list = ordered::array();
+    for (const Token& token : piece.tokens) list.push_back(token.id);
+    return list;
+  }
+
   static ordered logprob(float x) { return std::isfinite(x) ? ordered(x) : ordered(nullptr); }
 
   ordered head(const char* object) const {
@@ -539,7 +558,7 @@ struct ResponseWriter::Json {
     const std::string text = bytes(token);
     ordered list = ordered::array();
     for (const char c : text) list.push_back(static_cast<uint8_t>(c));
-    return ordered{{"token", token_text(text)}, {"logprob", logprob(value)}, {"bytes", list}};
+    return ordered{{"token", name(token)}, {"logprob", logprob(value)}, {"bytes", list}};
   }
 
   ordered logprobs(const Piece& piece) {
@@ -558,12 +577,12 @@ struct ResponseWriter::Json {
     ordered tokens = ordered::array(), values = ordered::array(), tops = ordered::array(), offsets = ordered::array();
     size_t& offset = writer.offsets_[static_cast<size_t>(piece.choice)];
     for (const Token& token : piece.tokens) {
-      tokens.push_back(token_text(bytes(token.id)));
+      tokens.push_back(name(token.id));
       values.push_back(logprob(token.logprob));
       if (std::isfinite(token.logprob)) {
         ordered top = ordered::object();
-        for (const auto& [id, value] : token.top) top[token_text(bytes(id))] = logprob(value);
-        top[token_text(bytes(token.id))] = logprob(token.logprob);  // the token itself always, as OpenAI has it
+        for (const auto& [id, value] : token.top) top[name(id)] = logprob(value);
+        top[name(token.id)] = logprob(token.logprob);  // the token itself always, as OpenAI has it
         tops.push_back(top);
       } else {
         tops.push_back(nullptr);  // the first token of a prompt
@@ -584,6 +603,10 @@ ResponseWriter::ResponseWriter(const ApiRequest& request, const Tokenizer& token
       chat_(request.chat),
       include_usage_(request.include_usage),
       logprobs_(request.generation.sampling.logprobs >= 0),
+      token_ids_(request.return_token_ids),
+      tokens_as_ids_(request.tokens_as_ids),
+      n_(static_cast<size_t>(request.n)),
+      prompt_shown_(static_cast<size_t>(request.choices())),
       offsets_(static_cast<size_t>(request.choices())) {}
 
 std::string ResponseWriter::first_chunk(int choice) {
@@ -593,6 +616,7 @@ std::string ResponseWriter::first_chunk(int choice) {
                                              {"delta", ordered{{"role", "assistant"}, {"content", ""}}},
                                              {"logprobs", nullptr},
                                              {"finish_reason", nullptr}}});
+  if (token_ids_) chunk["prompt_token_ids"] = Json{*this}.prompt(choice);
   if (include_usage_) chunk["usage"] = nullptr;
   return dump(chunk);
 }
@@ -609,6 +633,12 @@ std::string ResponseWriter::chunk(const Piece& piece) {
   }
   choice["logprobs"] = piece.tokens.empty() ? ordered(nullptr) : make.logprobs(piece);
   choice["finish_reason"] = Json::finish(piece.finish);
+  if (token_ids_) {
+    const size_t number = static_cast<size_t>(piece.choice);
+    choice["token_ids"] = Json::ids(piece);
+    if (!chat_ && !prompt_shown_[number]) choice["prompt_token_ids"] = make.prompt(piece.choice);
+    prompt_shown_[number] = true;
+  }
   ordered chunk = make.head(chat_ ? "chat.completion.chunk" : "text_completion");
   chunk["choices"] = ordered::array({choice});
   if (include_usage_) chunk["usage"] = nullptr;
@@ -634,10 +664,15 @@ std::string ResponseWriter::whole(const std::vector<Piece>& choices, const Usage
     }
     choice["logprobs"] = make.logprobs(piece);
     choice["finish_reason"] = Json::finish(piece.finish);
+    if (token_ids_) {
+      choice["token_ids"] = Json::ids(piece);
+      if (!chat_) choice["prompt_token_ids"] = make.prompt(piece.choice);
+    }
     list.push_back(choice);
   }
   ordered body = make.head(chat_ ? "chat.completion" : "text_completion");
   body["choices"] = list;
+  if (token_ids_ && chat_) body["prompt_token_ids"] = make.prompt(0);
   body["usage"] = Json::usage(usage);
   return dump(body);
 }

@@ -52,6 +52,8 @@ struct ApiRequest {
   bool stream = false;
   bool include_usage = false;  // a last chunk with the usage
   bool has_max_tokens = false;
+  bool return_token_ids = false;  // vLLM's extension: ids beside texts
+  bool tokens_as_ids = false;     // vLLM's extension: logprobs name tokens "token_id:7"
   std::vector<std::string> stop;
   Generation generation;  // what all prompts and choices share; without prompt and callbacks
 
@@ -76,7 +78,7 @@ struct Usage {
 struct Piece {
   int choice = 0;
   std::string text;           // valid UTF-8
-  std::vector<Token> tokens;  // with logprobs, where they were asked for
+  std::vector<Token> tokens;  // where logprobs or ids were asked for
   Finish finish = Finish::kNone;
   std::string error;  // of Finish::kError and kCancelled
 };
@@ -85,6 +87,9 @@ struct Piece {
 class ResponseWriter {
  public:
   ResponseWriter(const ApiRequest& request, const Tokenizer& tokenizer, std::string model, std::string id, int64_t created);
+
+  // The prompts' tokens, in their order; shown where the request asks for ids.
+  void set_prompts(std::vector<std::vector<int32_t>> prompts) { prompts_ = std::move(prompts); }
 
   // Chunks of a stream, without "data: ".
   std::string first_chunk(int choice);  // chat: the role; "" for completions
@@ -97,7 +102,10 @@ class ResponseWriter {
   const Tokenizer& tokenizer_;
   const std::string model_, id_;
   const int64_t created_;
-  const bool chat_, include_usage_, logprobs_;
+  const bool chat_, include_usage_, logprobs_, token_ids_, tokens_as_ids_;
+  const size_t n_;
+  std::vector<std::vector<int32_t>> prompts_;
+  std::vector<bool> prompt_shown_;  // by choice, in a stream
   std::vector<size_t> offsets_;  // characters of each choice's tokens so far
 
   struct Json;  // keeps the JSON library out of this header

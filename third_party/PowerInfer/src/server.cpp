@@ -380,14 +380,19 @@ void ApiServer::generate(const Reader& reader, Response& response, bool chat) {
     if (draining_) throw ApiError(503, "the server is shutting down");
     throw;
   }
+  ResponseWriter writer(request, tokenizer_, options_.model_name, request_id(request.chat),
+                        static_cast<int64_t>(std::time(nullptr)));
+  writer.set_prompts(std::move(prompts));
   if (request.stream) {
-    answer_stream(request, job, response);
+    answer_stream(request, job, std::move(writer), response);
   } else {
-    answer_whole(request, job, response);
+    answer_whole(request, job, std::move(writer), response);
   }
 }
 
-void ApiServer::answer_whole(const ApiRequest& request, const std::shared_ptr<Job>& job, Response& response) {
+void ApiServer::answer_whole(const ApiRequest& request, const std::shared_ptr<Job>& job, ResponseWriter writer,
+                             Response& response) {
+  const bool tokens = request.generation.sampling.logprobs >= 0 || request.return_token_ids;
   std::vector<Piece> whole(static_cast<size_t>(request.choices())), pieces;
   for (size_t left = whole.size(); left > 0;) {
     if (!job->wait(pieces)) {
@@ -399,7 +404,7 @@ void ApiServer::answer_whole(const ApiRequest& request, const std::shared_ptr<Jo
       Piece& choice = whole[static_cast<size_t>(piece.choice)];
       choice.choice = piece.choice;
       choice.text += piece.text;
-      if (request.generation.sampling.logprobs >= 0) {
+      if (tokens) {
         std::move(piece.tokens.begin(), piece.tokens.end(), std::back_inserter(choice.tokens));
       }
       if (piece.finish == Finish::kNone) continue;
@@ -413,19 +418,18 @@ void ApiServer::answer_whole(const ApiRequest& request, const std::shared_ptr<Jo
     }
   }
   metrics_.request_seconds(job->seconds());
-  ResponseWriter writer(request, tokenizer_, options_.model_name, request_id(request.chat),
-                        static_cast<int64_t>(std::time(nullptr)));
   response.set_content(writer.whole(whole, job->usage()), kJson);
 }
 
-void ApiServer::answer_stream(const ApiRequest& request, const std::shared_ptr<Job>& job, Response& response) {
-  auto writer = std::make_shared<ResponseWriter>(request, tokenizer_, options_.model_name, request_id(request.chat),
-                                                 static_cast<int64_t>(std::time(nullptr)));
+void ApiServer::answer_stream(const ApiRequest& request, const std::shared_ptr<Job>& job, ResponseWriter made,
+                              Response& response) {
+  auto writer = std::make_shared<ResponseWriter>(std::move(made));
   const int choices = request.choices();
-  const bool include_usage = request.include_usage, logprobs = request.generation.sampling.logprobs >= 0;
+  const bool include_usage = request.include_usage;
+  const bool tokens = request.generation.sampling.logprobs >= 0 || request.return_token_ids;
 
   // writes the whole stream; false where the client is gone
-  auto write = [this, writer, job, choices, include_usage, logprobs](httplib::DataSink& sink) {
+  auto write = [this, writer, job, choices, include_usage, tokens](httplib::DataSink& sink) {
     const auto send = [&](const std::string& data) {
       if (data.empty()) return true;
       const std::string event = "data: " + data + "\n\n";
@@ -445,7 +449,7 @@ void ApiServer::answer_stream(const ApiRequest& request, const std::shared_ptr<J
                           .body()) &&
                  send("[DONE]");
         }
-        if (!logprobs) piece.tokens.clear();
+        if (!tokens) piece.tokens.clear();
         if (piece.text.empty() && piece.tokens.empty() && piece.finish == Finish::kNone) continue;
         if (!send(writer->chunk(piece))) return false;
         if (piece.finish != Finish::kNone) --left;

@@ -43,8 +43,8 @@ class ApiServer {
   std::vector<int32_t> encode_chat(const ApiRequest& request) const;
 
   void generate(const Reader& reader, Response& response, bool chat);
-  void answer_whole(const ApiRequest& request, const std::shared_ptr<Job>& job, Response& response);
-  void answer_stream(const ApiRequest& request, const std::shared_ptr<Job>& job, Response& response);
+  void answer_whole(const ApiRequest& request, const std::shared_ptr<Job>& job, ResponseWriter writer, Response& response);
+  void answer_stream(const ApiRequest& request, const std::shared_ptr<Job>& job, ResponseWriter writer, Response& response);
   void tokenize(const Reader& reader, Response& response) const;
   void detokenize(const Reader& reader, Response& response) const;
   std::string metrics() const;

@@ -80,13 +80,13 @@ TEST_CASE("what is not known is refused, and only where it is needed") {
        {"{% macro m() %}{% endmacro %}", "{% include 'x' %}", "{{ 1 ", "{% if true %}", "{% endif %}", "{{ 'a }}", "{{ }}",
         "{{ a b }}", "{% for %}{% endfor %}", "{{ 2 ** 3 }}", "{{ '\\101' }}", "{# x"}) {
     CAPTURE(source);
-    CHECK_THROWS_WITH_AS(rendered(source), doctest::Contains("powerquant serve"), Error);
+    CHECK_THROWS_WITH_AS(rendered(source), doctest::Contains("send the text or its tokens to /v1/completions"), Error);
   }
   for (const char* source :
        {"{{ messages | tojson }}", "{{ undefined_function() }}", "{{ 'a' + 1 }}", "{{ messages }}", "{{ 1.5 + 1 }}",
         "{{ missing.x }}", "{{ 'a' | nosuch }}", "{{ 1 is nosuch }}", "{{ 1 // 0 }}"}) {
     CAPTURE(source);
-    CHECK_THROWS_WITH_AS(rendered(source), doctest::Contains("powerquant serve"), Error);
+    CHECK_THROWS_WITH_AS(rendered(source), doctest::Contains("send the text or its tokens to /v1/completions"), Error);
     CHECK(rendered(std::string("{% if tools %}") + source + "{% endif %}ok") == "ok");
   }
   CHECK_THROWS_WITH_AS(rendered("{{ raise_exception('no ' + messages[0].role) }}"), doctest::Contains("no user"), Error);

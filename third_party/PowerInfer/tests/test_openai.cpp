@@ -305,6 +305,41 @@ TEST_CASE("responses in OpenAI's shape") {
   CHECK(usage["usage"]["total_tokens"] == 11);
 }
 
+TEST_CASE("token ids beside texts, and in place of them in logprobs") {
+  const ToyTokenizer tokenizer;
+  const ApiRequest request = completion({{"prompt", {"a", "b"}},
+                                         {"n", 2},
+                                         {"logprobs", 1},
+                                         {"return_token_ids", true},
+                                         {"return_tokens_as_token_ids", true}});
+  Piece piece;
+  piece.choice = 3;
+  piece.tokens.resize(1);
+  piece.tokens[0].id = 'h';
+  piece.tokens[0].logprob = -0.5f;
+  ResponseWriter writer(request, tokenizer, "toy", "cmpl-1", 1234);
+  writer.set_prompts({{'a'}, {1, 'b'}});
+  const json choice = json::parse(writer.whole({Piece{}, Piece{}, Piece{}, piece}, {}))["choices"][3];
+  CHECK(choice["token_ids"] == json::array({'h'}));
+  CHECK(choice["prompt_token_ids"] == json::array({1, 'b'}));
+  CHECK(choice["logprobs"]["tokens"] == json::array({"token_id:104"}));
+  CHECK(choice["logprobs"]["top_logprobs"][0] == json{{"token_id:104", -0.5}});
+  // in a stream the prompt comes once
+  CHECK(json::parse(writer.chunk(piece))["choices"][0].contains("prompt_token_ids"));
+  const json later = json::parse(writer.chunk(piece))["choices"][0];
+  CHECK(!later.contains("prompt_token_ids"));
+  CHECK(later["token_ids"] == json::array({'h'}));
+
+  const ApiRequest talk = chat({{"return_token_ids", true}});
+  ResponseWriter chat_writer(talk, tokenizer, "toy", "chatcmpl-1", 1234);
+  chat_writer.set_prompts({{'a'}});
+  piece.choice = 0;
+  CHECK(json::parse(chat_writer.first_chunk(0))["prompt_token_ids"] == json::array({'a'}));
+  const json body = json::parse(chat_writer.whole({piece}, {}));
+  CHECK(body["prompt_token_ids"] == json::array({'a'}));
+  CHECK(body["choices"][0]["token_ids"] == json::array({'h'}));
+}
+
 TEST_CASE("errors in OpenAI's shape, whatever is in their message") {
   const json error = json::parse(ApiError(429, "full \"\xff\n", "", "queue_full").body())["error"];
   CHECK(error["type"] == "rate_limit_error");

@@ -32,7 +32,7 @@ class ToyModel : public Model {
 
   std::function<void(const std::vector<Step>&)> on_forward;  // may throw: the pass fails then
   std::chrono::microseconds pass_time{0};
-  bool loses_all = false;  // truncate keeps nothing, as a packed cache may
+  bool loses_all = false;         // truncate keeps nothing, as a packed cache may
   int decoded_beside_prompt = 0;  // passes with both kinds of steps
   int largest_prompt_beside = 0;  // most prompt tokens of such a pass
   int prompt_tokens = 0;
