@@ -316,7 +316,8 @@ TEST_CASE("a model without one of its tensors is refused by name") {
     CAPTURE(describe(shape));
     const ModelFile whole = make_model(shape);
     CHECK(refusal(whole).empty());
-    for (const auto& [name, tensor] : whole.tensors) {
+    for (const auto& entry : whole.tensors) {
+      const std::string& name = entry.first;
       if (name == "output.weight") continue;  // the embedding takes its place
       CAPTURE(name);
       ModelFile file = whole;
@@ -332,9 +333,10 @@ TEST_CASE("tensors of another shape or type are refused by name") {
     if (shape.type != TensorType::kF16) continue;
     CAPTURE(describe(shape));
     const ModelFile whole = make_model(shape);
-    for (const auto& [name, tensor] : whole.tensors) {
+    for (const auto& entry : whole.tensors) {
+      const std::string& name = entry.first;
       CAPTURE(name);
-      const auto& have = tensor.shape;
+      const auto& have = entry.second.shape;
       std::vector<std::vector<uint64_t>> wrong;
       for (size_t d = 0; d < have.size(); ++d) {
         // the embedding's rows are the vocabulary, fc1's the rank, the positions' the context: any number of them may do

@@ -173,41 +173,47 @@ TEST_CASE("bad values name their field") {
                                                          {"use_beam_search", true},
                                                          {"temprature", 0.5},
                                                          {"guided_json", json::object()}};
-  for (const auto& [field, value] : bad) {
+  for (const auto& entry : bad) {
+    const std::string field = entry.first;  // clang 14 captures no structured bindings
+    const json& value = entry.second;
     CAPTURE(field);
     CAPTURE(value.dump());
     CHECK(refusal([&] { completion({{field, value}}); }) == field);
     CHECK(refusal([&] { chat({{field, value}}); }) == field);
   }
-  for (const auto& [field, value] : std::vector<std::pair<const char*, json>>{{"prompt", json::array()},
-                                                                              {"prompt", 5},
-                                                                              {"prompt", {"a", 5}},
-                                                                              {"prompt", {1, "a"}},
-                                                                              {"prompt", {1.5}},
-                                                                              {"prompt", {260}},
-                                                                              {"prompt", {-1}},
-                                                                              {"prompt", json::array({json::array()})},
-                                                                              {"prompt", json(9, "a")},
-                                                                              {"logprobs", 21},
-                                                                              {"logprobs", true},
-                                                                              {"best_of", 2},
-                                                                              {"suffix", "x"},
-                                                                              {"messages", json::array()},
-                                                                              {"tools", json::array()}}) {
+  for (const auto& [name, body] : std::vector<std::pair<const char*, json>>{{"prompt", json::array()},
+                                                                            {"prompt", 5},
+                                                                            {"prompt", {"a", 5}},
+                                                                            {"prompt", {1, "a"}},
+                                                                            {"prompt", {1.5}},
+                                                                            {"prompt", {260}},
+                                                                            {"prompt", {-1}},
+                                                                            {"prompt", json::array({json::array()})},
+                                                                            {"prompt", json(9, "a")},
+                                                                            {"logprobs", 21},
+                                                                            {"logprobs", true},
+                                                                            {"best_of", 2},
+                                                                            {"suffix", "x"},
+                                                                            {"messages", json::array()},
+                                                                            {"tools", json::array()}}) {
+    const std::string field = name;
+    const json& value = body;
     CAPTURE(field);
     CAPTURE(value.dump());
     CHECK(refusal([&] { completion({{field, value}}); }) == field);
   }
-  for (const auto& [field, value] : std::vector<std::pair<const char*, json>>{{"messages", json::array()},
-                                                                              {"messages", "hi"},
-                                                                              {"max_tokens", 0},
-                                                                              {"tools", json::array({json::object()})},
-                                                                              {"tool_choice", "required"},
-                                                                              {"top_logprobs", 2},
-                                                                              {"logprobs", 2},
-                                                                              {"modalities", {"audio"}},
-                                                                              {"reasoning_effort", "low"},
-                                                                              {"prompt", "x"}}) {
+  for (const auto& [name, body] : std::vector<std::pair<const char*, json>>{{"messages", json::array()},
+                                                                            {"messages", "hi"},
+                                                                            {"max_tokens", 0},
+                                                                            {"tools", json::array({json::object()})},
+                                                                            {"tool_choice", "required"},
+                                                                            {"top_logprobs", 2},
+                                                                            {"logprobs", 2},
+                                                                            {"modalities", {"audio"}},
+                                                                            {"reasoning_effort", "low"},
+                                                                            {"prompt", "x"}}) {
+    const std::string field = name;
+    const json& value = body;
     CAPTURE(field);
     CHECK(refusal([&] { chat({{field, value}}); }) == field);
   }
