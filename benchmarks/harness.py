@@ -12,16 +12,16 @@ import functools
 import importlib.metadata
 import os
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
-from csv_rows import append_rows, git_commit
+from csv_rows import append_rows as append_rows
+from csv_rows import git_commit
 
 FLUSH_BYTES = 256 << 20
 Quantiles = tuple[float, float, float]

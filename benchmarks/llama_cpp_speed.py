@@ -1,4 +1,4 @@
-"""Speed of llama.cpp on one model, as powerinfer-bench prints it: prompt and decode tokens a second, by wall and by CPU time.
+"""Speed of llama.cpp on one model, as powerinfer-bench prints it: tokens a second of prompts and of decoding.
 
     python benchmarks/llama_cpp_speed.py --model FILE --threads 2 --prompt 512 --decode 32
 

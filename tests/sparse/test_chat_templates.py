@@ -132,9 +132,7 @@ def reference(source: str, messages: list[dict], add_generation_prompt: bool) ->
     def raise_exception(message):
         raise Refused(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.globals["raise_exception"] = raise_exception
     try:
         return environment.from_string(source).render(

@@ -106,7 +106,7 @@ class ResponseWriter {
   const size_t n_;
   std::vector<std::vector<int32_t>> prompts_;
   std::vector<bool> prompt_shown_;  // by choice, in a stream
-  std::vector<size_t> offsets_;  // characters of each choice's tokens so far
+  std::vector<size_t> offsets_;     // characters of each choice's tokens so far
 
   struct Json;  // keeps the JSON library out of this header
   friend struct Json;

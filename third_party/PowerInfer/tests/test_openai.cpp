@@ -307,11 +307,8 @@ TEST_CASE("responses in OpenAI's shape") {
 
 TEST_CASE("token ids beside texts, and in place of them in logprobs") {
   const ToyTokenizer tokenizer;
-  const ApiRequest request = completion({{"prompt", {"a", "b"}},
-                                         {"n", 2},
-                                         {"logprobs", 1},
-                                         {"return_token_ids", true},
-                                         {"return_tokens_as_token_ids", true}});
+  const ApiRequest request = completion(
+      {{"prompt", {"a", "b"}}, {"n", 2}, {"logprobs", 1}, {"return_token_ids", true}, {"return_tokens_as_token_ids", true}});
   Piece piece;
   piece.choice = 3;
   piece.tokens.resize(1);
