@@ -362,7 +362,9 @@ def script(engine_server, tiny_model):
 
     def run(more: str):
         environment = {**os.environ, "POWERQUANT_ENGINE": str(engine_server)}
-        command = [sys.executable, "-c", SCRIPT + more, str(tiny_model)]
+        # a shell starts what runs in its background with SIGINT ignored
+        interruptible = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        command = [sys.executable, "-c", interruptible + SCRIPT + more, str(tiny_model)]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment))
         return started[-1], int(started[-1].stdout.readline())
 

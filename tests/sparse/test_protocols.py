@@ -8,7 +8,6 @@ import http.server
 import json
 import sys
 import threading
-from types import SimpleNamespace
 
 import pytest
 
@@ -315,6 +314,7 @@ def test_defaults_and_classes_are_vllm_s():
 def test_classes_are_this_package_s_where_vllm_is_not_imported(monkeypatch):
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
     assert Types.choose(None) == Types() == Types.choose(False)
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())
+    for name in ("vllm", "vllm.logprobs", "vllm.outputs"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(PowerQuantUnsupportedError, match="use vllm_types=False"):
         Types.choose(True)
