@@ -14,33 +14,27 @@ SOURCE = ROOT / "third_party" / "PowerInfer"
 BUILD = ROOT / "build" / "powerinfer"
 
 
-def missing_tools() -> list[str]:
-    """What the engine's build needs and this machine does not seem to have."""
-    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
-    missing = [] if any(shutil.which(name) for name in compilers) else ["C++ compiler"]
-    missing += [] if shutil.which("cmake") else ["cmake"]
-    headers = {"nlohmann-json": "nlohmann/json.hpp", "cpp-httplib": "httplib.h", "doctest": "doctest/doctest.h"}
-    folders = [Path(folder) for folder in ("/usr/include", "/usr/local/include")]
-    return missing + [name for name, header in headers.items() if not any((folder / header).is_file() for folder in folders)]
+def has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
 
 
 @pytest.fixture(scope="session")
 def engine_build() -> Path:
-    """Folder of the built engine. Skips only where what the build needs is missing, and never in CI."""
+    """Folder of the built engine. Skips only where there is no C++ compiler, and never in CI."""
     generator = ["-G", "Ninja"] if shutil.which("ninja") and not (BUILD / "Makefile").exists() else []
     commands = (
         ["cmake", "-S", str(SOURCE), "-B", str(BUILD), *generator],
         ["cmake", "--build", str(BUILD), "--parallel", "2"],
     )
-    for step, command in enumerate(commands):
+    for command in commands:
         try:
             result = subprocess.run(command, capture_output=True, text=True)
             output = result.stdout[-4000:] + result.stderr[-4000:]
             failed = result.returncode != 0
         except FileNotFoundError as error:
             failed, output = True, str(error)
-        if failed and step == 0 and (missing := missing_tools()) and not os.environ.get("CI"):
-            pytest.skip(f"the engine cannot be built here without {', '.join(missing)}")
+        if failed and not has_compiler() and not os.environ.get("CI"):
+            pytest.skip("the engine cannot be built here without a C++ compiler")
         assert not failed, f"{' '.join(command)}\n{output}"
     return BUILD
 
