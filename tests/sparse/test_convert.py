@@ -561,7 +561,7 @@ CASES = {
     "eps": (lambda f: edit(f / "config.json", rms_norm_eps="small"), "rms_norm_eps .*must be a number, got 'small'"),
     "threshold": (
         lambda f: edit(f / "predictor" / "config.json", sparse_threshold="low"),
-        "threshold must be a number, got 'low'",
+        "threshold must be a finite 32-bit number, got 'low'",
     ),
     "heads": (lambda f: edit(f / "config.json", num_key_value_heads=3), "multiple of num_key_value_heads, got 4 and 3"),
     "layers": (lambda f: edit(f / "config.json", num_hidden_layers=3), "model_2.safetensors .*3 layers"),

@@ -185,10 +185,13 @@ def _plan(
     return tensors
 
 
+# (2 - 2^-23) * 2^127
+_LARGEST_FLOAT32 = 3.4028234663852886e38
+
+
 def _checked_threshold(value: float) -> float:
-    """An infinite one is fine: every neuron is computed, or none."""
-    if type(value) not in (int, float) or value != value:
-        raise PowerQuantConfigError(f"threshold must be a number, got {value!r}")
+    if type(value) not in (int, float) or not abs(value) <= _LARGEST_FLOAT32:
+        raise PowerQuantConfigError(f"threshold must be a finite 32-bit number, got {value!r}")
     return float(value)
 
 
@@ -269,8 +272,10 @@ def _write(
         if magic is not None:
             with unfinished.open("r+b") as file:
                 file.write(magic)
-        # mkstemp makes it readable by its owner alone
-        unfinished.chmod(0o644)
+        # mkstemp makes it readable by its owner alone; as any new file, it is what the umask leaves
+        umask = os.umask(0o077)
+        os.umask(umask)
+        unfinished.chmod(0o666 & ~umask)
         os.replace(unfinished, output)
     except OSError as error:
         raise PowerQuantError(f"cannot write {output}: {error.strerror or error}") from error

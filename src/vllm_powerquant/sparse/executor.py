@@ -227,7 +227,7 @@ class SparseEngine:
         if prompt.messages is None or self._header is None or _NOT_RENDERED not in str(error):
             return None
         template = self._header.chat_template
-        return template and self._rendered(template, prompt.messages, prompt.add_generation_prompt)
+        return self._rendered(template, prompt.messages, prompt.add_generation_prompt) if template else None
 
     def _batch(self, prompts: list[Prompt], sampling_params: Any) -> list[Any]:
         if isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):

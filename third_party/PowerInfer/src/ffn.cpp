@@ -140,13 +140,22 @@ void SparseFfn::finish(const float* out, size_t stride, int first_column, int co
 
 // Which neurons are active for each token.
 void SparseFfn::predict(const FfnInput& input, int first, int n, FfnBuffers& buffers) {
-  if (tokens_.size() < static_cast<size_t>(n)) tokens_.resize(n);
+  std::vector<TokenNeurons>& tokens = buffers.tokens;
+  if (tokens.size() < static_cast<size_t>(n)) tokens.resize(n);
+  // room for all neurons: nothing is allocated on the pool's threads
+  for (int t = 0; t < n; ++t) {
+    tokens[t].ids.reserve(static_cast<size_t>(a.ffn) + 16);
+    tokens[t].h.reserve(a.ffn);
+    tokens[t].rows.reserve(a.ffn);
+    tokens[t].weights.reserve(a.ffn);
+    tokens[t].group_begin.reserve(a.ffn / kCoefficientNeurons + 2);
+  }
   const auto rank = static_cast<size_t>(fc1.rows), ffn = static_cast<size_t>(a.ffn);
   if (input.all_neurons) {
     for (int t = 0; t < n; ++t) {
-      tokens_[t].ids.resize(ffn);
-      std::iota(tokens_[t].ids.begin(), tokens_[t].ids.end(), 0);
-      tokens_[t].h.resize(ffn);
+      tokens[t].ids.resize(ffn);
+      std::iota(tokens[t].ids.begin(), tokens[t].ids.end(), 0);
+      tokens[t].h.resize(ffn);
     }
     return;
   }
@@ -160,7 +169,7 @@ void SparseFfn::predict(const FfnInput& input, int first, int n, FfnBuffers& buf
   const Operand y = compute.prepare(hidden, fc1.rows, n, fc2.quantized(), buffers.more_activations.data());
   compute.multiply({{&fc2, scores, ffn}}, y, n);
   compute.each_token(n, [&](int t) {
-    TokenNeurons& token = tokens_[t];
+    TokenNeurons& token = tokens[t];
     token.ids.resize(ffn + 16);
     token.ids.resize(compute.kernels.compact(scores + t * ffn, a.ffn, a.threshold, token.ids.data()));
     token.h.resize(token.ids.size());
@@ -196,11 +205,12 @@ void SparseFfn::neurons(const Operand& operand, int token, const int32_t* ids, i
 }
 
 void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, int first, int n, FfnBuffers& buffers) {
+  std::vector<TokenNeurons>& tokens = buffers.tokens;
   const BundleLayout& layout = bundles.layout;
   const Kernels& kernels = compute.kernels;
   predict(input, first, n, buffers);
   if (n == 1) {
-    TokenNeurons& token = tokens_[0];
+    TokenNeurons& token = tokens[0];
     const auto count = static_cast<int>(token.ids.size());
     compute.pool.run((count + kListChunk - 1) / kListChunk, [&](int chunk, int) {
       const int from = chunk * kListChunk;
@@ -210,7 +220,7 @@ void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, int fi
     // by ranges of neurons: what one token has read, the next finds in the cache
     compute.pool.run((a.ffn + kRangeNeurons - 1) / kRangeNeurons, [&](int chunk, int) {
       const auto range = [&](int t) {
-        const std::vector<int32_t>& ids = tokens_[t].ids;
+        const std::vector<int32_t>& ids = tokens[t].ids;
         const auto begin = std::lower_bound(ids.begin(), ids.end(), chunk * kRangeNeurons);
         const auto end = std::lower_bound(begin, ids.end(), (chunk + 1) * kRangeNeurons);
         return std::pair<int, int>(begin - ids.begin(), end - ids.begin());
@@ -218,8 +228,8 @@ void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, int fi
       std::pair<int, int> here = range(0);
       for (int t = 0; t < n; ++t) {
         const std::pair<int, int> next = t + 1 < n ? range(t + 1) : std::pair<int, int>();
-        for (int i = next.first; i < next.second; ++i) ask_for(bundles.neuron(tokens_[t + 1].ids[i]), layout.down);
-        TokenNeurons& token = tokens_[t];
+        for (int i = next.first; i < next.second; ++i) ask_for(bundles.neuron(tokens[t + 1].ids[i]), layout.down);
+        TokenNeurons& token = tokens[t];
         neurons(operand, first + t, token.ids.data() + here.first, here.second - here.first, false,
                 token.h.data() + here.first);
         here = next;
@@ -228,7 +238,7 @@ void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, int fi
   }
   const int groups = (a.ffn + kCoefficientNeurons - 1) / kCoefficientNeurons;
   compute.each_token(n, [&](int t) {
-    TokenNeurons& token = tokens_[t];
+    TokenNeurons& token = tokens[t];
     token.rows.clear();
     token.weights.clear();
     token.group_begin.assign(groups + 1, 0);
@@ -242,7 +252,7 @@ void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, int fi
     while (group < groups) token.group_begin[++group] = static_cast<int>(token.rows.size());
   });
   for (int t = 0; t < n; ++t) {
-    active += tokens_[t].ids.size();
+    active += tokens[t].ids.size();
     total += a.ffn;
   }
   const bool quantized = layout.type == TensorType::kQ4_0;
@@ -257,7 +267,7 @@ void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, int fi
     const int column = chunk * columns, here = std::min(columns, padded - column);
     const size_t offset = static_cast<size_t>(column) * layout.element_bytes();
     const auto add = [&](int t, int begin, int end) {
-      const TokenNeurons& token = tokens_[t];
+      const TokenNeurons& token = tokens[t];
       const uint8_t* const* rows = token.rows.data() + begin;
       const float* weights = token.weights.data() + begin;
       float* y = out + static_cast<size_t>(t) * padded;
@@ -269,7 +279,7 @@ void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, int fi
       }
     };
     if (n == 1 && !quantized) {
-      add(0, 0, static_cast<int>(tokens_[0].rows.size()));
+      add(0, 0, static_cast<int>(tokens[0].rows.size()));
     } else {
       // a group's rows are asked for while the group before is added
       const size_t part = quantized ? static_cast<size_t>(column) / 2 : offset;
@@ -277,7 +287,7 @@ void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, int fi
           quantized ? static_cast<size_t>(here) / 2 : static_cast<size_t>(here) * layout.element_bytes();
       for (int group = 0; group < groups; ++group) {
         for (int t = 0; t < n; ++t) {
-          const TokenNeurons& token = tokens_[t];
+          const TokenNeurons& token = tokens[t];
           if (group + 1 < groups && n > 1) {
             for (int i = token.group_begin[group + 1]; i < token.group_begin[group + 2]; ++i) {
               ask_for(token.rows[i] + part, part_bytes);

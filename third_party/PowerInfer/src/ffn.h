@@ -12,12 +12,22 @@
 
 namespace powerinfer {
 
+// One token of a sparse pass.
+struct TokenNeurons {
+  std::vector<int32_t> ids;          // active, ascending
+  std::vector<float> h;              // of each
+  std::vector<const uint8_t*> rows;  // down rows where h is not zero, ascending
+  std::vector<float> weights;        // their h
+  std::vector<int> group_begin;      // first of them in each group of neurons
+};
+
 struct FfnBuffers {
   std::vector<float> gate, up;       // [batch][ffn]
   std::vector<float> predictor;      // [batch][rank]
   std::vector<float> out;            // [batch][padded width]
   std::vector<uint8_t> activations;  // of the FFN's input
   std::vector<uint8_t> more_activations;
+  std::vector<TokenNeurons> tokens;  // of the sparse ones
 };
 
 struct FfnInput {
@@ -69,15 +79,6 @@ struct SparseFfn : Ffn {
   void predict(const FfnInput& input, int first, int n, FfnBuffers& buffers);
   void neurons(const Operand& operand, int token, const int32_t* ids, int count, bool ask_down, float* h) const;
   void finish(const float* out, size_t stride, int first_column, int columns, int n, float* residual) const;
-
-  struct TokenNeurons {
-    std::vector<int32_t> ids;          // active, ascending
-    std::vector<float> h;              // of each
-    std::vector<const uint8_t*> rows;  // down rows where h is not zero, ascending
-    std::vector<float> weights;        // their h
-    std::vector<int> group_begin;      // first of them in each group of neurons
-  };
-  std::vector<TokenNeurons> tokens_;
 };
 
 }  // namespace powerinfer

@@ -114,9 +114,9 @@ struct Kernels {
   void (*silu_mul)(const float* gate, const float* up, int n, float* y);  // silu(gate) * up
   void (*relu_mul)(const float* gate, const float* up, int n, bool relu_up, float* y);
   void (*relu)(float* x, int n);
-  void (*gelu)(float* x, int n);                 // x Phi(x), by the error function
-  void (*add)(float* x, const float* y, int n);  // x += y
-  void (*to_half)(const float* x, int n, uint16_t* y);
+  void (*gelu)(float* x, int n);                        // x Phi(x), by the error function
+  void (*add)(float* x, const float* y, int n);         // x += y
+  void (*to_half)(const float* x, int n, uint16_t* y);  // beyond the largest half: the largest
   void (*from_half)(const uint16_t* x, int n, float* y);
 };
 

@@ -174,6 +174,7 @@ void rows_kernel(const uint8_t* data, size_t row_bytes, int rows, int k, const f
 
 // Where x is no number its code is the smallest integer, and sums of such codes wrap.
 int32_t minus_8_times(uint32_t sum) { return static_cast<int32_t>(0u - 8u * sum); }
+Ints minus_32_times(int32_t sum) { return broadcast_int(static_cast<int32_t>(0u - 32u * static_cast<uint32_t>(sum))); }
 
 void quantize(const float* x, const ActivationLayout& layout, uint8_t* activation) {
   auto* q = reinterpret_cast<int8_t*>(activation);
@@ -238,7 +239,7 @@ inline void unpack_nibbles(const uint8_t* planes, Ints u[8]) {
 // to each token's sums.
 
 struct Q4_0 {
-  static constexpr size_t kBlockBytes = 256, kScaleBytes = 32;
+  static constexpr size_t kBlockBytes = 256;
   static void unpack(const uint8_t* codes, int block, Ints u[8]) { unpack_nibbles(codes + block * kBlockBytes, u); }
   static Ints start(const Activation& x, int block) { return broadcast_int(x.minus_8[block]); }
   static Ints dot(Ints acc, Ints u, Ints q) { return dot_small_bytes(acc, u, q); }
@@ -249,7 +250,7 @@ struct Q4_0 {
 };
 
 struct Q4_1 {
-  static constexpr size_t kBlockBytes = 256, kScaleBytes = 64;
+  static constexpr size_t kBlockBytes = 256;
   static void unpack(const uint8_t* codes, int block, Ints u[8]) { unpack_nibbles(codes + block * kBlockBytes, u); }
   static Ints start(const Activation&, int) { return broadcast_int(0); }
   static Ints dot(Ints acc, Ints u, Ints q) { return dot_small_bytes(acc, u, q); }
@@ -262,7 +263,7 @@ struct Q4_1 {
 };
 
 struct Q8_0 {
-  static constexpr size_t kBlockBytes = 512, kScaleBytes = 32;
+  static constexpr size_t kBlockBytes = 512;
   static void unpack(const uint8_t* codes, int block, Ints u[8]) {
     // + 128: the product's first factor is unsigned
     const Ints flip = broadcast_int(static_cast<int32_t>(0x80808080));
@@ -344,7 +345,7 @@ inline void q6_k_group(const uint8_t* codes, const ActivationLayout& layout, con
       for (int t = 0; t < T; ++t) {
         const Activation token(layout, x + t * layout.bytes);
         const uint8_t* q = token.q + block * kBlock;
-        Ints first = broadcast_int(-32 * token.half_sum(block, 0)), second = broadcast_int(-32 * token.half_sum(block, 1));
+        Ints first = minus_32_times(token.half_sum(block, 0)), second = minus_32_times(token.half_sum(block, 1));
         POWERINFER_UNROLL
         for (int j = 0; j < 4; ++j) {
           first = dot_small_bytes(first, u[j], broadcast_int(load_int32(q + 4 * j)));
@@ -811,12 +812,15 @@ void add_kernel(float* x, const float* y, int n) {
   each(n, x, [&](int i, int m) { return add(part(x, i, m), part(y, i, m)); });
 }
 
+// To the nearest finite half: an infinite value would make the tokens that must not see it NaN, by 0 * infinity.
+inline Floats finite_half(Floats x) { return min(broadcast(65504.0f), max(broadcast(-65504.0f), x)); }
+
 void to_half(const float* x, int n, uint16_t* y) {
   int i = 0;
-  for (; i + 16 <= n; i += 16) store_half(y + i, load(x + i));
+  for (; i + 16 <= n; i += 16) store_half(y + i, finite_half(load(x + i)));
   if (i < n) {
     uint16_t last[16];
-    store_half(last, load(x + i, n - i));
+    store_half(last, finite_half(load(x + i, n - i)));
     for (int j = 0; i + j < n; ++j) y[i + j] = last[j];
   }
 }

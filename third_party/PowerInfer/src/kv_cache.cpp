@@ -37,6 +37,19 @@ class F16Cache : public KvCache {
         }
       }
     }
+    // nothing is allocated on the pool's threads
+    size_t longest = 0, most = 0;
+    for (const KvTokens& span : tokens) {
+      longest = std::max<size_t>(longest, span.position + span.count);
+      most = std::max<size_t>(most, std::min(block, span.count) * group);
+    }
+    for (Scratch& scratch : scratch_) {
+      scratch.queries.reserve(most * shape_.head_size);
+      scratch.out.reserve(most * shape_.head_size);
+      scratch.scores.reserve(most * round_up(longest, 16));
+      scratch.panel.reserve(static_cast<size_t>(kPanelRows) * kPanelColumns);
+      if (most < kPanelQueries || tokens.size() > 1) scratch.rows.reserve(longest);
+    }
     compute_.pool.run(static_cast<int>(items_.size()), [&](int i, int thread) {
       const Item& item = items_[i];
       attend_block(layer, tokens[item.step], item, queries, out, scratch_[thread]);

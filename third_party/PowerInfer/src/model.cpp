@@ -403,9 +403,9 @@ void TransformerModel::embed(int n) {
     dequantize_row(embedding_, entries_[t].token, x);
     if (a_.learned_positions) {
       constexpr int kOffset = 2;  // rows of opt's table that no position uses
-      std::vector<float> position(a_.width);
-      dequantize_row(positions_, entries_[t].position + kOffset, position.data());
-      kernels_.add(x, position.data(), a_.width);
+      float* position = normed_.data() + static_cast<size_t>(t) * a_.width;
+      dequantize_row(positions_, entries_[t].position + kOffset, position);
+      kernels_.add(x, position, a_.width);
     }
   });
 }

@@ -108,9 +108,9 @@ inline void store_int8(int8_t* p, Ints a) {
 inline int32_t sum_ints(Ints a) {
   alignas(32) int32_t lanes[16];
   store_ints(lanes, a);
-  int32_t total = 0;
-  for (int32_t lane : lanes) total += lane;
-  return total;
+  uint32_t total = 0;
+  for (int32_t lane : lanes) total += static_cast<uint32_t>(lane);
+  return static_cast<int32_t>(total);
 }
 inline Ints and_ints(Ints a, Ints b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
 inline Ints or_ints(Ints a, Ints b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }

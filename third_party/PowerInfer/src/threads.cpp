@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <fstream>
+#include <limits>
 #include <set>
 #include <string>
 #include <system_error>
@@ -45,6 +47,7 @@ uint32_t wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) {
 
 ThreadPool::ThreadPool(int threads) {
   try {
+    workers_.reserve(std::max(0, threads - 1));
     for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { worker(thread); });
   } catch (const std::system_error& error) {
     stop();
@@ -67,7 +70,8 @@ void ThreadPool::run_chunks(int chunks, Function function, const void* context) 
   context_.store(context, std::memory_order_relaxed);
   done_.store(0, std::memory_order_relaxed);
   next_.store(uint64_t{epoch} << 32 | static_cast<uint64_t>(chunks) << 16, std::memory_order_release);
-  epoch_.store(epoch, std::memory_order_release);
+  // sequentially consistent: the look at who sleeps must not come before it
+  epoch_.store(epoch);
   epoch_.notify_all();
   take_chunks(epoch, 0);
   uint32_t done = done_.load(std::memory_order_acquire);
@@ -98,6 +102,15 @@ void ThreadPool::worker(int thread) {
   }
 }
 
+// Processors that a control group's quota of CPU time amounts to, rounded up.
+int cpu_quota() {
+  std::ifstream file("/sys/fs/cgroup/cpu.max");
+  double quota = 0, period = 0;
+  // "max" in place of the first number: no quota
+  if (!(file >> quota >> period) || quota <= 0 || period <= 0) return std::numeric_limits<int>::max();
+  return std::max(1, static_cast<int>(std::ceil(quota / period)));
+}
+
 int usable_cores() {
   cpu_set_t allowed;
   CPU_ZERO(&allowed);
@@ -110,7 +123,7 @@ int usable_cores() {
     if (!(std::ifstream(topology) >> siblings)) siblings = std::to_string(cpu);
     cores.insert(siblings);
   }
-  return std::max<int>(1, static_cast<int>(cores.size()));
+  return std::clamp(static_cast<int>(cores.size()), 1, cpu_quota());
 }
 
 }  // namespace powerinfer

@@ -66,7 +66,8 @@ class ThreadPool {
   std::atomic<bool> stop_{false};
 };
 
-// Physical cores that this process may run on (hyper-threads of one core count once).
+// Physical cores that this process may run on (hyper-threads of one core count once), or less where a control group's quota
+// allows less.
 int usable_cores();
 
 }  // namespace powerinfer
