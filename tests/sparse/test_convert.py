@@ -668,10 +668,10 @@ def test_more_tokens_than_the_model_has(own, tmp_path):
         convert(folder, tmp_path / "m.gguf", progress=False)
 
 
-@pytest.mark.parametrize("threshold", [float("nan"), "0.5"])
+@pytest.mark.parametrize("threshold", [float("nan"), float("inf"), 1e39, "0.5"])
 def test_thresholds_that_are_no_number(threshold, own, tmp_path):
     folder = own()
-    with pytest.raises(PowerQuantConfigError, match="threshold must be a number"):
+    with pytest.raises(PowerQuantConfigError, match="threshold must be a finite 32-bit number"):
         convert(folder, tmp_path / "m.gguf", predictor=folder / "predictor", threshold=threshold, progress=False)
 
 

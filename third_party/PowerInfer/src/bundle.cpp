@@ -66,7 +66,7 @@ BundleLayout bundle_layout(const GgufFile& file, const GgufTensor* gate, const G
 }
 
 Bundles copy_bundles(const BundleLayout& layout, const GgufTensor* gate, const GgufTensor& up, const GgufTensor& down,
-                     Memory& memory, ThreadPool& pool) {
+                     Memory& memory, ThreadPool& pool, const Copied& copied) {
   Bundles bundles;
   bundles.layout = layout;
   bundles.neurons = static_cast<int>(up.elements() / up.shape[0]);
@@ -86,6 +86,10 @@ Bundles copy_bundles(const BundleLayout& layout, const GgufTensor* gate, const G
         std::memcpy(at + layout.up, up.data + i * row_bytes, row_bytes);
         std::memcpy(at + layout.down, down.data + i * row_bytes, row_bytes);
       }
+    }
+    const int first = chunk * kNeurons, count = std::min(kNeurons, bundles.neurons - first);
+    for (const GgufTensor* tensor : {gate, &up, &down}) {
+      if (copied && tensor) copied(tensor->data + first * row_bytes, count * row_bytes);
     }
   });
   bundles.data = out;

@@ -37,7 +37,8 @@ struct Bundles {
 
 // Bundles of tensors [width, neurons]; gate may be null. The three must be of one type, F32, F16 or Q4_0: Error(kModel).
 BundleLayout bundle_layout(const GgufFile& file, const GgufTensor* gate, const GgufTensor& up, const GgufTensor& down);
+// `copied` as copy_matrix has it.
 Bundles copy_bundles(const BundleLayout& layout, const GgufTensor* gate, const GgufTensor& up, const GgufTensor& down,
-                     Memory& memory, ThreadPool& pool);
+                     Memory& memory, ThreadPool& pool, const Copied& copied = {});
 
 }  // namespace powerinfer

@@ -412,11 +412,11 @@ const GgufTensor& GgufFile::tensor(std::string_view name, std::initializer_list<
   return *found;
 }
 
-void GgufFile::release(const GgufTensor& tensor) const {
+void GgufFile::release(const uint8_t* from, uint64_t bytes) const {
   if (!mapping_) return;
   const auto page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(tensor.data) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(tensor.data) + tensor.bytes) / page * page;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(from) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(from) + bytes) / page * page;
   // advice: a failure changes nothing but memory use
   if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }

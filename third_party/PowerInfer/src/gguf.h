@@ -82,8 +82,8 @@ class GgufFile {
   // The named tensor with exactly this shape (fastest dimension first); Error(kModel) otherwise.
   const GgufTensor& tensor(std::string_view name, std::initializer_list<uint64_t> shape) const;
 
-  // Tells the kernel that a tensor's mapped pages are not needed any more.
-  void release(const GgufTensor& tensor) const;
+  // Tells the kernel that these mapped bytes are not needed any more.
+  void release(const uint8_t* from, uint64_t bytes) const;
 
  private:
   struct Array {

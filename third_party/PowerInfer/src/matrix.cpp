@@ -111,7 +111,7 @@ size_t matrix_bytes(const GgufFile& file, const GgufTensor& tensor) {
   }
 }
 
-Matrix copy_matrix(const GgufTensor& tensor, Memory& memory, ThreadPool& pool) {
+Matrix copy_matrix(const GgufTensor& tensor, Memory& memory, ThreadPool& pool, const Copied& copied) {
   Matrix matrix;
   matrix.type = tensor.type;
   matrix.columns = static_cast<int>(tensor.shape[0]);
@@ -121,8 +121,9 @@ Matrix copy_matrix(const GgufTensor& tensor, Memory& memory, ThreadPool& pool) {
     uint8_t* out = memory.take(tensor.bytes);
     constexpr size_t kPiece = size_t{4} << 20;
     pool.run(static_cast<int>((tensor.bytes + kPiece - 1) / kPiece), [&](int piece, int) {
-      const size_t from = piece * kPiece;
-      std::memcpy(out + from, tensor.data + from, std::min(kPiece, tensor.bytes - from));
+      const size_t from = piece * kPiece, bytes = std::min(kPiece, tensor.bytes - from);
+      std::memcpy(out + from, tensor.data + from, bytes);
+      if (copied) copied(tensor.data + from, bytes);
     });
     matrix.data = out;
     return matrix;
@@ -137,6 +138,7 @@ Matrix copy_matrix(const GgufTensor& tensor, Memory& memory, ThreadPool& pool) {
       const uint8_t* row = tensor.data + (static_cast<size_t>(g) * kGroupRows + lane) * row_bytes;
       pack_row(matrix.type, group, matrix.columns, row, lane, out + g * group.bytes);
     }
+    if (copied) copied(tensor.data + static_cast<size_t>(g) * kGroupRows * row_bytes, lanes * row_bytes);
   });
   matrix.data = out;
   matrix.unit_bytes = group.bytes;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "gguf.h"
 #include "kernels.h"
@@ -9,6 +10,9 @@
 #include "threads.h"
 
 namespace powerinfer {
+
+// Called with bytes of a file that have been copied.
+using Copied = std::function<void(const uint8_t* from, uint64_t bytes)>;
 
 // y = W x, W [rows, columns]. F32 and F16 lie row by row; quantized types in groups of 16 rows (kernels.h).
 struct Matrix {
@@ -24,7 +28,8 @@ struct Matrix {
 // Bytes that copy_matrix needs for a tensor. Throws Error(kModel) for a type that no kernel multiplies with.
 size_t matrix_bytes(const GgufFile& file, const GgufTensor& tensor);
 // The tensor's weights in `memory`, laid out for the kernels.
-Matrix copy_matrix(const GgufTensor& tensor, Memory& memory, ThreadPool& pool);
+// `copied` is told, on the pool's threads, which bytes of the file are not needed any more.
+Matrix copy_matrix(const GgufTensor& tensor, Memory& memory, ThreadPool& pool, const Copied& copied = {});
 
 // One row as fp32 [columns].
 void dequantize_row(const Matrix& matrix, int row, float* out);

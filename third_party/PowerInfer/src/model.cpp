@@ -60,8 +60,8 @@ class Loader {
       bytes_ += round_up(matrix_bytes(file_, tensor), 64);
       return {};
     }
-    const Matrix matrix = copy_matrix(tensor, memory_, pool_);
-    file_.release(tensor);
+    const Matrix matrix = copy_matrix(tensor, memory_, pool_, copied_);
+    file_.release(tensor.data, tensor.bytes);
     return matrix;
   }
   Matrix matrix(const std::string& name, int columns) {  // any number of rows
@@ -101,9 +101,9 @@ class Loader {
       bytes_ += round_up(layout.bytes * a_.ffn, 64);
       return {};
     }
-    const Bundles bundles = copy_bundles(layout, gate_tensor, up_tensor, down_tensor, memory_, pool_);
+    const Bundles bundles = copy_bundles(layout, gate_tensor, up_tensor, down_tensor, memory_, pool_, copied_);
     for (const GgufTensor* tensor : {gate_tensor, &up_tensor, &down_tensor}) {
-      if (tensor) file_.release(*tensor);
+      if (tensor) file_.release(tensor->data, tensor->bytes);
     }
     return bundles;
   }
@@ -136,6 +136,8 @@ class Loader {
   const Architecture& a_;
   ThreadPool& pool_;
   std::set<const GgufTensor*> used_;
+  // piece by piece: a whole layer of the file would count beside its copy
+  const Copied copied_ = [this](const uint8_t* from, uint64_t bytes) { file_.release(from, bytes); };
   bool counting_ = true;
   size_t bytes_ = 0;
   Memory memory_;
