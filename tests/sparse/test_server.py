@@ -438,6 +438,20 @@ def test_a_prompt_longer_than_the_context_names_both_numbers(server):
     assert answer["choices"][0]["finish_reason"] == "length"
 
 
+def test_a_prompt_longer_than_the_context_is_refused_before_its_choices_are_built(server):
+    def peak() -> int:  # bytes
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
+
+    prompt = "a " * 1_500_000
+    error_of(server.http.post("/v1/completions", json={"prompt": prompt}, timeout=60), 400)
+    before = peak()
+    for _ in range(2):
+        fields = {"prompt": prompt, "echo": True, "n": 20}
+        error_of(server.http.post("/v1/completions", json=fields, timeout=60), 400)
+    assert peak() - before < 8 * len(prompt)
+
+
 def test_paths_methods_and_types(server):
     assert "nowhere" in error_of(server.http.get("/nowhere"), 404)["message"]
     response = server.http.get("/v1/completions")

@@ -96,15 +96,20 @@ class ApiServer::Job : public std::enable_shared_from_this<ApiServer::Job> {
   void submit(const ApiRequest& request, const std::vector<std::vector<int32_t>>& prompts) {
     const uint64_t seed = request.generation.sampling.seed.value_or(random_number());
     sequences_.resize(static_cast<size_t>(request.choices()));
+    const bool scored = request.generation.prompt_logprobs >= 0;
+    std::shared_ptr<const std::string> echo_text;  // of all choices of one prompt
     for (size_t i = 0; i < sequences_.size(); ++i) {
       const size_t prompt = i / static_cast<size_t>(request.n);
       sequences_[i].text = TextStream(request.stop);
-      if (i % static_cast<size_t>(request.n) == 0) usage_.prompt_tokens += prompts[prompt].size();
-      if (request.echo) {
-        sequences_[i].echo = request.prompts[prompt].is_text ? request.prompts[prompt].text
-                                                             : valid_utf8(server_.tokenizer_.decode(prompts[prompt]));
-        if (request.generation.prompt_logprobs < 0) push(echo(static_cast<int>(i)));
+      if (i % static_cast<size_t>(request.n) == 0) {
+        usage_.prompt_tokens += prompts[prompt].size();
+        if (request.echo) {
+          echo_text = std::make_shared<const std::string>(request.prompts[prompt].is_text
+                                                              ? request.prompts[prompt].text
+                                                              : valid_utf8(server_.tokenizer_.decode(prompts[prompt])));
+        }
       }
+      sequences_[i].echo = echo_text;
     }
     try {
       for (size_t i = 0; i < sequences_.size(); ++i) {
@@ -115,11 +120,9 @@ class ApiServer::Job : public std::enable_shared_from_this<ApiServer::Job> {
         generation.on_token = [self = shared_from_this(), choice](const Token& token) {
           return self->on_token(choice, token);
         };
-        if (request.echo) {
+        if (request.echo && scored) {
           generation.on_prompt = [self = shared_from_this(), choice](const std::vector<Token>& tokens) {
-            Piece piece = self->echo(choice);
-            piece.tokens = tokens;
-            self->push(std::move(piece));
+            self->push_echo(choice, tokens);
           };
         }
         const auto number = server_.engine_.submit(std::move(generation));
@@ -163,21 +166,25 @@ class ApiServer::Job : public std::enable_shared_from_this<ApiServer::Job> {
  private:
   struct Sequence {
     TextStream text;
-    std::string echo;
+    std::shared_ptr<const std::string> echo;  // until it is pushed, before the first token
     bool started = false;
     Clock::time_point last;  // token
   };
 
-  Piece echo(int choice) const {
+  void push_echo(int choice, std::vector<Token> tokens) {
+    std::shared_ptr<const std::string>& text = sequences_[static_cast<size_t>(choice)].echo;
     Piece piece;
     piece.choice = choice;
-    piece.text = sequences_[static_cast<size_t>(choice)].echo;
-    return piece;
+    piece.text = *text;
+    piece.tokens = std::move(tokens);
+    push(std::move(piece));
+    text.reset();
   }
 
   bool on_token(int choice, const Token& token) {
     if (abandoned_) return false;
     Sequence& sequence = sequences_[static_cast<size_t>(choice)];
+    if (sequence.echo && token.finish != Finish::kError && token.finish != Finish::kCancelled) push_echo(choice, {});
     Piece piece;
     piece.choice = choice;
     piece.finish = token.finish;
@@ -368,9 +375,11 @@ void ApiServer::generate(const Reader& reader, Response& response, bool chat) {
   std::vector<std::vector<int32_t>> prompts;
   if (chat) {
     prompts.push_back(encode_chat(request));
+    engine_.check_prompt(prompts.back(), request.generation.max_tokens);
   } else {
     for (const Prompt& prompt : request.prompts) {
       prompts.push_back(prompt.is_text ? tokenizer_.encode(prompt.text, request.add_special_tokens, true) : prompt.tokens);
+      engine_.check_prompt(prompts.back(), request.generation.max_tokens);
     }
   }
   const auto job = std::make_shared<Job>(*this, request);
