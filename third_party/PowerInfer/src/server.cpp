@@ -153,6 +153,11 @@ class ApiServer::Job : public std::enable_shared_from_this<ApiServer::Job> {
       [[maybe_unused]] const ssize_t got = ::read(event_, &count, sizeof count);
       std::lock_guard lock(mutex_);
       pieces.swap(pieces_);
+      if (failed_) {
+        Piece& piece = pieces.emplace_back();
+        piece.finish = Finish::kError;
+        piece.error = "out of memory";
+      }
     }
     return true;
   }
@@ -181,7 +186,18 @@ class ApiServer::Job : public std::enable_shared_from_this<ApiServer::Job> {
     text.reset();
   }
 
+  // Nothing may be thrown into the engine: the client would wait for an end that never comes.
   bool on_token(int choice, const Token& token) {
+    try {
+      return take_token(choice, token);
+    } catch (const std::exception&) {
+      failed_ = true;
+      wake();
+      return false;
+    }
+  }
+
+  bool take_token(int choice, const Token& token) {
     if (abandoned_) return false;
     Sequence& sequence = sequences_[static_cast<size_t>(choice)];
     if (sequence.echo && token.finish != Finish::kError && token.finish != Finish::kCancelled) push_echo(choice, {});
@@ -220,6 +236,10 @@ class ApiServer::Job : public std::enable_shared_from_this<ApiServer::Job> {
       std::lock_guard lock(mutex_);
       pieces_.push_back(std::move(piece));
     }
+    wake();
+  }
+
+  void wake() const {
     const uint64_t one = 1;
     [[maybe_unused]] const ssize_t put = ::write(event_, &one, sizeof one);
   }
@@ -231,6 +251,7 @@ class ApiServer::Job : public std::enable_shared_from_this<ApiServer::Job> {
   std::vector<uint64_t> numbers_;    // the engine's, of the connection's thread
   std::vector<Sequence> sequences_;  // of the engine's thread once submitted
   std::atomic<bool> abandoned_ = false;
+  std::atomic<bool> failed_ = false;  // a part of the answer is lost
 
   mutable std::mutex mutex_;
   std::vector<Piece> pieces_;
