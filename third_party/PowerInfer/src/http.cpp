@@ -185,6 +185,7 @@ class HttpServer::Pool final : public httplib::TaskQueue {
   }
 
   void shutdown() override {
+    server_.finish_connections();  // also where accepting failed
     {
       std::lock_guard lock(mutex_);
       ending_ = true;

@@ -184,14 +184,26 @@ void serve(Options options) {
   ApiServer api(http, engine, model->info(), *tokenizer, chat, options.server);
 
   stop_event = ::eventfd(0, EFD_CLOEXEC);
-  std::thread listener([&] { http.run(); });
+  std::atomic<bool> ended = false;
+  std::thread listener([&] {
+    try {
+      http.run();
+    } catch (const std::exception&) {  // out of memory
+    }
+    ended = true;
+    const uint64_t one = 1;
+    [[maybe_unused]] const ssize_t put = ::write(stop_event, &one, sizeof one);
+  });
+  // before it runs, it cannot be stopped
+  while (!http.is_running() && !ended) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   const std::string host = options.host.find(':') == std::string::npos ? options.host : "[" + options.host + "]";
-  std::printf("listening on http://%s:%d\n", host.c_str(), port);
+  if (!ended) std::printf("listening on http://%s:%d\n", host.c_str(), port);
   std::fflush(stdout);
 
   pollfd stop{stop_event, POLLIN, 0};
   while (::poll(&stop, 1, -1) < 0 && errno == EINTR) {
   }
+  const bool failed = ended;
   api.start_draining();
   http.finish_connections();
   if (!engine.drain(std::chrono::seconds(options.drain_seconds))) {
@@ -201,6 +213,7 @@ void serve(Options options) {
   http.wait_for_answers(std::chrono::seconds(5));
   http.shut_down();
   listener.join();
+  if (failed) throw Error(ErrorKind::kFailed, "no more connections can be accepted: the listening socket failed");
 }
 
 }  // namespace
