@@ -554,15 +554,35 @@ def test_http_that_is_none(server):
     assert server.process.poll() is None
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"nonsense\r\n\r\n",
+        b"POST /v1/completions HTTP/9.9\r\n\r\n",
+        b"POST /" + b"a" * 10000 + b" HTTP/1.1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nRange: bytes=x\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nX: " + b"a" * 10000 + b"\r\n\r\n",
+    ],
+    ids=["line", "version", "long path", "range", "long header"],
+)
+def test_what_follows_malformed_http_is_no_request(server, head):
+    received = exchange(server, head + b"GET /health HTTP/1.1\r\n\r\n" * 2)
+    assert received.count(b"HTTP/1.1 ") == 1
+    assert re.match(rb"HTTP/1\.1 4\d\d ", received)
+    assert b"Connection: close" in received
+
+
 def test_slow_sender_is_cut_off_and_others_are_served(engine_build, tiny_model):
     with Server(engine_build, tiny_model, "--receive-seconds", "2") as server:
         body = post("/v1/completions", b'{"prompt": "Hello"}', "Content-Type: application/json")
-        with server.connect() as head, server.connect() as half:
+        with server.connect() as head, server.connect() as lines, server.connect() as half:
             head.sendall(b"POST /v1/comple")
+            lines.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX: ")
             half.sendall(body[:-5])
             start = time.monotonic()
             server.complete(max_tokens=1)
             assert b" 408 " in half.recv(65536)
+            assert b" 408 " in lines.recv(65536)
             assert head.recv(65536) == b""
             assert time.monotonic() - start < 10
 

@@ -272,7 +272,15 @@ ApiServer::ApiServer(HttpServer& http, Engine& engine, const ModelInfo& model, c
 
   http.set_pre_routing_handler([this](const Request& request, Response& response) { return before(request, response); });
   http.set_error_handler([](const Request&, Response& response) {  // httplib's own errors
-    if (response.body.empty()) response.set_content(ApiError(response.status, "malformed HTTP request").body(), kJson);
+    if (!response.body.empty()) return;
+    Connection& connection = HttpServer::connection();
+    const bool late = connection.timed_out();
+    if (late) response.status = 408;
+    // what follows may be the rest of this request
+    connection.close_after();
+    response.set_header("Connection", "close");
+    const std::string message = late ? "the request did not come in time" : "malformed HTTP request";
+    response.set_content(ApiError(response.status, message).body(), kJson);
   });
   http.set_logger([this](const Request& request, const Response& response) {
     const bool known = endpoints().contains(request.path);
