@@ -418,13 +418,18 @@ void ApiServer::generate(const Reader& reader, Response& response, bool chat) {
     if (draining_) throw ApiError(503, "the server is shutting down");
     throw;
   }
-  ResponseWriter writer(request, tokenizer_, options_.model_name, request_id(request.chat),
-                        static_cast<int64_t>(std::time(nullptr)));
-  writer.set_prompts(std::move(prompts));
-  if (request.stream) {
-    answer_stream(request, job, std::move(writer), response);
-  } else {
-    answer_whole(request, job, std::move(writer), response);
+  try {
+    ResponseWriter writer(request, tokenizer_, options_.model_name, request_id(request.chat),
+                          static_cast<int64_t>(std::time(nullptr)));
+    writer.set_prompts(std::move(prompts));
+    if (request.stream) {
+      answer_stream(request, job, std::move(writer), response);
+    } else {
+      answer_whole(request, job, std::move(writer), response);
+    }
+  } catch (...) {
+    job->cancel();
+    throw;
   }
 }
 
@@ -497,7 +502,7 @@ void ApiServer::answer_stream(const ApiRequest& request, const std::shared_ptr<J
     return (!include_usage || send(writer->usage_chunk(job->usage()))) && send("[DONE]");
   };
   response.set_header("Cache-Control", "no-cache");
-  response.set_chunked_content_provider("text/event-stream", [write, job](size_t, httplib::DataSink& sink) {
+  const auto provide = [write, job](size_t, httplib::DataSink& sink) {
     bool complete = false;
     try {
       complete = write(sink);
@@ -509,6 +514,9 @@ void ApiServer::answer_stream(const ApiRequest& request, const std::shared_ptr<J
     }
     sink.done();
     return true;
+  };
+  response.set_chunked_content_provider("text/event-stream", provide, [job](bool success) {
+    if (!success) job->cancel();  // also where the headers could not be sent
   });
 }
 
