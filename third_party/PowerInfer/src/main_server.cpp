@@ -90,7 +90,9 @@ bool parse_flags(int argc, char** argv, Options& options) {
   flags.add("--version", "print the version", &options.print_version);
   if (flags.parse(argc, argv)) {
     std::fputs(flags.help().c_str(), stdout);
-    std::puts("\nexit status: 0 stopped by a signal, 1 other errors, 2 flags, 3 model file, 4 address or port, 5 memory");
+    std::puts(
+        "\nexit status: 0 stopped by a signal, 1 other errors, 2 flags, 3 model file, 4 address or port, 5 memory, "
+        "128 + n signal n during loading, or a second one");
     return false;
   }
   if (options.print_version) {
