@@ -153,13 +153,17 @@ std::optional<uint64_t> Engine::State::submit(Generation generation) {
   std::unique_lock lock(mutex);
   if (draining || stopping) throw request_error("the engine is shutting down and takes no more requests");
   // a slot that is free now, or will be before the queue is looked at, does not count as waiting
-  const int free = static_cast<int>(slots.size()) - stats.running;
-  if (static_cast<int>(waiting.size()) >= options.queue + std::max(free, 0)) return std::nullopt;
+  const auto full = [this] {
+    const int free = static_cast<int>(slots.size()) - stats.running;
+    return static_cast<int>(waiting.size()) >= options.queue + std::max(free, 0);
+  };
+  if (full()) return std::nullopt;
   const uint64_t number = next_number++;
   lock.unlock();
   auto request = std::make_shared<Request>(number, std::move(generation), vocabulary);  // checks the sampling parameters
   lock.lock();
   if (draining || stopping) throw request_error("the engine is shutting down and takes no more requests");
+  if (full()) return std::nullopt;  // others came meanwhile
   requests.emplace(number, request);
   waiting.push_back(std::move(request));
   stats.waiting = static_cast<int>(waiting.size());
