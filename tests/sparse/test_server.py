@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -613,6 +614,18 @@ def test_more_connections_than_the_server_keeps(engine_build, tiny_model):
             assert time.monotonic() < end
             time.sleep(0.1)
         server.complete(max_tokens=1)
+
+
+def test_connections_that_send_nothing_make_room(engine_build, tiny_model):
+    with Server(engine_build, tiny_model, "--slots", "2", "--queue", "2") as server, contextlib.ExitStack() as stack:
+        for _ in range(60):  # 2 + 2 + 64 are kept
+            stack.enter_context(server.connect())
+        time.sleep(0.5)
+        for _ in range(20):
+            silent = stack.enter_context(server.connect())
+            assert httpx.get(f"{server.url}/health").status_code == 200
+        silent.sendall(b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n")
+        assert b" 200 " in silent.recv(65536)
 
 
 def malformed(chooser: random.Random) -> tuple[str, bytes]:
