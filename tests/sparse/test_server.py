@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -438,6 +439,20 @@ def test_a_prompt_longer_than_the_context_names_both_numbers(server):
     assert answer["choices"][0]["finish_reason"] == "length"
 
 
+def test_a_prompt_longer_than_the_context_is_refused_before_its_choices_are_built(server):
+    def peak() -> int:  # bytes
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
+
+    prompt = "a " * 1_500_000
+    error_of(server.http.post("/v1/completions", json={"prompt": prompt}, timeout=60), 400)
+    before = peak()
+    for _ in range(2):
+        fields = {"prompt": prompt, "echo": True, "n": 20}
+        error_of(server.http.post("/v1/completions", json=fields, timeout=60), 400)
+    assert peak() - before < 8 * len(prompt)
+
+
 def test_paths_methods_and_types(server):
     assert "nowhere" in error_of(server.http.get("/nowhere"), 404)["message"]
     response = server.http.get("/v1/completions")
@@ -540,15 +555,35 @@ def test_http_that_is_none(server):
     assert server.process.poll() is None
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"nonsense\r\n\r\n",
+        b"POST /v1/completions HTTP/9.9\r\n\r\n",
+        b"POST /" + b"a" * 10000 + b" HTTP/1.1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nRange: bytes=x\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nX: " + b"a" * 10000 + b"\r\n\r\n",
+    ],
+    ids=["line", "version", "long path", "range", "long header"],
+)
+def test_what_follows_malformed_http_is_no_request(server, head):
+    received = exchange(server, head + b"GET /health HTTP/1.1\r\n\r\n" * 2)
+    assert received.count(b"HTTP/1.1 ") == 1
+    assert re.match(rb"HTTP/1\.1 4\d\d ", received)
+    assert b"Connection: close" in received
+
+
 def test_slow_sender_is_cut_off_and_others_are_served(engine_build, tiny_model):
     with Server(engine_build, tiny_model, "--receive-seconds", "2") as server:
         body = post("/v1/completions", b'{"prompt": "Hello"}', "Content-Type: application/json")
-        with server.connect() as head, server.connect() as half:
+        with server.connect() as head, server.connect() as lines, server.connect() as half:
             head.sendall(b"POST /v1/comple")
+            lines.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX: ")
             half.sendall(body[:-5])
             start = time.monotonic()
             server.complete(max_tokens=1)
             assert b" 408 " in half.recv(65536)
+            assert b" 408 " in lines.recv(65536)
             assert head.recv(65536) == b""
             assert time.monotonic() - start < 10
 
@@ -579,6 +614,18 @@ def test_more_connections_than_the_server_keeps(engine_build, tiny_model):
             assert time.monotonic() < end
             time.sleep(0.1)
         server.complete(max_tokens=1)
+
+
+def test_connections_that_send_nothing_make_room(engine_build, tiny_model):
+    with Server(engine_build, tiny_model, "--slots", "2", "--queue", "2") as server, contextlib.ExitStack() as stack:
+        for _ in range(60):  # 2 + 2 + 64 are kept
+            stack.enter_context(server.connect())
+        time.sleep(0.5)
+        for _ in range(20):
+            silent = stack.enter_context(server.connect())
+            assert httpx.get(f"{server.url}/health").status_code == 200
+        silent.sendall(b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n")
+        assert b" 200 " in silent.recv(65536)
 
 
 def malformed(chooser: random.Random) -> tuple[str, bytes]:

@@ -88,6 +88,7 @@ struct Engine::State {
     thread.join();
   }
 
+  void check_prompt(const std::vector<int32_t>& tokens, int max_tokens) const;
   std::optional<uint64_t> submit(Generation generation);
   void cancel(uint64_t number);
 
@@ -126,35 +127,43 @@ struct Engine::State {
   std::thread thread;
 };
 
-std::optional<uint64_t> Engine::State::submit(Generation generation) {
-  const size_t prompt = generation.prompt.size();
+void Engine::State::check_prompt(const std::vector<int32_t>& tokens, int max_tokens) const {
+  const size_t prompt = tokens.size();
   if (prompt == 0) throw request_error("the prompt is empty: it must have at least one token");
   if (prompt > static_cast<size_t>(context)) {
     throw request_error("the prompt has " + std::to_string(prompt) + " tokens, more than the context of " +
                         std::to_string(context));
   }
-  if (prompt == static_cast<size_t>(context) && generation.max_tokens > 0) {
+  if (prompt == static_cast<size_t>(context) && max_tokens > 0) {
     throw request_error("the prompt has " + std::to_string(prompt) +
                         " tokens and leaves no room for an answer in the context of " + std::to_string(context));
   }
-  for (const int32_t token : generation.prompt) {
+  for (const int32_t token : tokens) {
     if (token < 0 || token >= vocabulary) {
       throw request_error("token " + std::to_string(token) + " is outside the vocabulary of " + std::to_string(vocabulary));
     }
   }
+}
+
+std::optional<uint64_t> Engine::State::submit(Generation generation) {
+  check_prompt(generation.prompt, generation.max_tokens);
   if (generation.max_tokens < 0) throw request_error("max_tokens must be 0 or more");
-  generation.max_tokens = std::min(generation.max_tokens, context - static_cast<int>(prompt));
+  generation.max_tokens = std::min(generation.max_tokens, context - static_cast<int>(generation.prompt.size()));
 
   std::unique_lock lock(mutex);
   if (draining || stopping) throw request_error("the engine is shutting down and takes no more requests");
   // a slot that is free now, or will be before the queue is looked at, does not count as waiting
-  const int free = static_cast<int>(slots.size()) - stats.running;
-  if (static_cast<int>(waiting.size()) >= options.queue + std::max(free, 0)) return std::nullopt;
+  const auto full = [this] {
+    const int free = static_cast<int>(slots.size()) - stats.running;
+    return static_cast<int>(waiting.size()) >= options.queue + std::max(free, 0);
+  };
+  if (full()) return std::nullopt;
   const uint64_t number = next_number++;
   lock.unlock();
   auto request = std::make_shared<Request>(number, std::move(generation), vocabulary);  // checks the sampling parameters
   lock.lock();
   if (draining || stopping) throw request_error("the engine is shutting down and takes no more requests");
+  if (full()) return std::nullopt;  // others came meanwhile
   requests.emplace(number, request);
   waiting.push_back(std::move(request));
   stats.waiting = static_cast<int>(waiting.size());
@@ -437,6 +446,10 @@ Engine::Engine(Model& model, std::function<bool(int32_t)> ends_generation, const
 Engine::~Engine() = default;
 
 std::optional<uint64_t> Engine::submit(Generation generation) { return state_->submit(std::move(generation)); }
+
+void Engine::check_prompt(const std::vector<int32_t>& prompt, int max_tokens) const {
+  state_->check_prompt(prompt, max_tokens);
+}
 
 void Engine::cancel(uint64_t request) { state_->cancel(request); }
 

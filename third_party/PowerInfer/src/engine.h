@@ -79,6 +79,8 @@ class Engine {
   // one that leaves no room in the context (max_tokens is cut to what is left of it), bad tokens or sampling parameters, and
   // while draining.
   std::optional<uint64_t> submit(Generation generation);
+  // What submit() throws for a prompt, before anything is built for it.
+  void check_prompt(const std::vector<int32_t>& prompt, int max_tokens) const;
   void cancel(uint64_t request);  // on_token gets Finish::kCancelled; unknown numbers are ignored
   // Takes no more requests (submit throws) and returns true once those under way have ended, false after `limit`.
   bool drain(std::chrono::seconds limit = std::chrono::hours(24 * 365));

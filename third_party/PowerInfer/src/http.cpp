@@ -22,6 +22,9 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+// A new connection's time to send its first byte before it counts as idle.
+constexpr std::chrono::milliseconds kFirstByte{200};
+
 thread_local Connection* current = nullptr;
 thread_local bool refusing = false;  // the accepting thread, while every other one is taken
 
@@ -185,6 +188,7 @@ class HttpServer::Pool final : public httplib::TaskQueue {
   }
 
   void shutdown() override {
+    server_.finish_connections();  // also where accepting failed
     {
       std::lock_guard lock(mutex_);
       ending_ = true;
@@ -261,9 +265,9 @@ bool HttpServer::process_and_close_socket(int socket) {
     refuse(socket);
     return false;
   }
-  set_phase(socket, Phase::kReading);
   bool unread = false;
   try {
+    add(socket);
     const int yes = 1;
     ::setsockopt(socket, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
     Connection connection(socket, options_);
@@ -313,9 +317,16 @@ void HttpServer::refuse(int socket) {
   ::close(socket);
 }
 
+// One that comes during a drain is still told so.
+void HttpServer::add(int socket) {
+  std::lock_guard lock(mutex_);
+  connections_[socket] = State{};
+  if (cut_off_) ::shutdown(socket, SHUT_RD);
+}
+
 void HttpServer::set_phase(int socket, Phase phase) {
   std::lock_guard lock(mutex_);
-  connections_[socket] = phase;
+  connections_[socket] = State{phase, false};
   changed_.notify_all();
   // one that was accepted after shut_down() has nobody else to end it
   if (finishing_ && (phase == Phase::kIdle || cut_off_)) ::shutdown(socket, SHUT_RD);
@@ -323,20 +334,24 @@ void HttpServer::set_phase(int socket, Phase phase) {
 
 bool HttpServer::close_one_idle() {
   std::lock_guard lock(mutex_);
-  for (auto& [socket, phase] : connections_) {
-    if (phase != Phase::kIdle) continue;
-    phase = Phase::kReading;  // not chosen again
-    ::shutdown(socket, SHUT_RD);
-    return true;
+  const auto now = Clock::now();
+  auto longest = connections_.end();
+  for (auto c = connections_.begin(); c != connections_.end(); ++c) {
+    if (c->second.phase != Phase::kIdle) continue;
+    if (c->second.fresh && now - c->second.since < kFirstByte) continue;
+    if (longest == connections_.end() || c->second.since < longest->second.since) longest = c;
   }
-  return false;
+  if (longest == connections_.end()) return false;
+  longest->second.phase = Phase::kReading;  // not chosen again
+  ::shutdown(longest->first, SHUT_RD);
+  return true;
 }
 
 void HttpServer::finish_connections() {
   std::lock_guard lock(mutex_);
   finishing_ = true;
-  for (const auto& [socket, phase] : connections_) {
-    if (phase == Phase::kIdle) ::shutdown(socket, SHUT_RD);
+  for (const auto& [socket, state] : connections_) {
+    if (state.phase == Phase::kIdle) ::shutdown(socket, SHUT_RD);
   }
 }
 
@@ -344,7 +359,7 @@ void HttpServer::wait_for_answers(std::chrono::seconds limit) {
   std::unique_lock lock(mutex_);
   changed_.wait_for(lock, limit, [this] {
     return std::none_of(connections_.begin(), connections_.end(),
-                        [](const auto& c) { return c.second == Phase::kAnswering; });
+                        [](const auto& c) { return c.second.phase == Phase::kAnswering; });
   });
 }
 
@@ -353,8 +368,8 @@ void HttpServer::shut_down() {
   {
     std::lock_guard lock(mutex_);
     cut_off_ = true;
-    for (const auto& [socket, phase] : connections_) {
-      ::shutdown(socket, phase == Phase::kAnswering ? SHUT_RDWR : SHUT_RD);
+    for (const auto& [socket, state] : connections_) {
+      ::shutdown(socket, state.phase == Phase::kAnswering ? SHUT_RDWR : SHUT_RD);
     }
   }
   stop();

@@ -78,9 +78,15 @@ class HttpServer final : public httplib::Server {
   class Pool;
   friend class Pool;
   enum class Phase { kIdle, kReading, kAnswering };
+  struct State {
+    Phase phase = Phase::kIdle;
+    bool fresh = true;  // nothing received yet
+    std::chrono::steady_clock::time_point since = std::chrono::steady_clock::now();
+  };
 
   bool process_and_close_socket(int socket) override;
   void refuse(int socket);
+  void add(int socket);
   void set_phase(int socket, Phase phase);
   bool close_one_idle();
 
@@ -88,7 +94,7 @@ class HttpServer final : public httplib::Server {
   int listening_ = -1;
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::map<int, Phase> connections_;
+  std::map<int, State> connections_;
   bool finishing_ = false, cut_off_ = false;
 };
 

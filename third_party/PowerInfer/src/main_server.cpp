@@ -90,7 +90,9 @@ bool parse_flags(int argc, char** argv, Options& options) {
   flags.add("--version", "print the version", &options.print_version);
   if (flags.parse(argc, argv)) {
     std::fputs(flags.help().c_str(), stdout);
-    std::puts("\nexit status: 0 stopped by a signal, 1 other errors, 2 flags, 3 model file, 4 address or port, 5 memory");
+    std::puts(
+        "\nexit status: 0 stopped by a signal, 1 other errors, 2 flags, 3 model file, 4 address or port, 5 memory, "
+        "128 + n signal n during loading, or a second one");
     return false;
   }
   if (options.print_version) {
@@ -184,14 +186,26 @@ void serve(Options options) {
   ApiServer api(http, engine, model->info(), *tokenizer, chat, options.server);
 
   stop_event = ::eventfd(0, EFD_CLOEXEC);
-  std::thread listener([&] { http.run(); });
+  std::atomic<bool> ended = false;
+  std::thread listener([&] {
+    try {
+      http.run();
+    } catch (const std::exception&) {  // out of memory
+    }
+    ended = true;
+    const uint64_t one = 1;
+    [[maybe_unused]] const ssize_t put = ::write(stop_event, &one, sizeof one);
+  });
+  // before it runs, it cannot be stopped
+  while (!http.is_running() && !ended) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   const std::string host = options.host.find(':') == std::string::npos ? options.host : "[" + options.host + "]";
-  std::printf("listening on http://%s:%d\n", host.c_str(), port);
+  if (!ended) std::printf("listening on http://%s:%d\n", host.c_str(), port);
   std::fflush(stdout);
 
   pollfd stop{stop_event, POLLIN, 0};
   while (::poll(&stop, 1, -1) < 0 && errno == EINTR) {
   }
+  const bool failed = ended;
   api.start_draining();
   http.finish_connections();
   if (!engine.drain(std::chrono::seconds(options.drain_seconds))) {
@@ -201,6 +215,7 @@ void serve(Options options) {
   http.wait_for_answers(std::chrono::seconds(5));
   http.shut_down();
   listener.join();
+  if (failed) throw Error(ErrorKind::kFailed, "no more connections can be accepted: the listening socket failed");
 }
 
 }  // namespace

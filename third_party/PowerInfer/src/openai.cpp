@@ -315,8 +315,7 @@ void parse_common(Fields& fields, const ApiLimits& limits, ApiRequest& request) 
   sampling.min_p = static_cast<float>(fields.number("min_p", 0, 0, 1));
   sampling.presence_penalty = static_cast<float>(fields.number("presence_penalty", 0, -2, 2));
   sampling.frequency_penalty = static_cast<float>(fields.number("frequency_penalty", 0, -2, 2));
-  sampling.repetition_penalty = static_cast<float>(fields.number("repetition_penalty", 1, 0, 1000));
-  if (sampling.repetition_penalty <= 0) throw bad("repetition_penalty", "repetition_penalty must be more than 0");
+  sampling.repetition_penalty = static_cast<float>(fields.number("repetition_penalty", 1, 0.01, 100));
   if (fields.find("seed")) {
     sampling.seed = static_cast<uint64_t>(
         fields.integer("seed", 0, std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max()));

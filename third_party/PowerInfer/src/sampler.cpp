@@ -61,7 +61,7 @@ void check_sampling(const SamplingParams& p, int vocabulary) {
   check(p.min_p >= 0 && p.min_p <= 1, "min_p must be between 0 and 1", p.min_p);
   check(std::abs(p.presence_penalty) <= 2, "presence_penalty must be between -2 and 2", p.presence_penalty);
   check(std::abs(p.frequency_penalty) <= 2, "frequency_penalty must be between -2 and 2", p.frequency_penalty);
-  check(std::isfinite(p.repetition_penalty) && p.repetition_penalty > 0, "repetition_penalty must be more than 0",
+  check(p.repetition_penalty >= 0.01f && p.repetition_penalty <= 100, "repetition_penalty must be between 0.01 and 100",
         p.repetition_penalty);
   for (const auto& [token, bias] : p.logit_bias) {
     if (token < 0 || token >= vocabulary) {
@@ -146,10 +146,12 @@ int32_t Sampler::choose(std::span<const float> logits) {
   weights_.resize(logits.size());
   candidates_.clear();
   const float most = logits[static_cast<size_t>(best)];
+  if (!std::isfinite(most)) return best;  // penalties overflowed: there are no weights
   for (size_t i = 0; i < logits.size(); ++i) {
     weights_[i] = std::exp((logits[i] - most) / params_.temperature);
     if (weights_[i] >= params_.min_p && weights_[i] > 0) candidates_.push_back(static_cast<int32_t>(i));
   }
+  if (candidates_.empty()) return best;
   // equal weights of unequal logits are ordered by id: they are equally likely
   const Before before{weights_.data()};
   const auto weight = [&](int32_t token) { return static_cast<double>(weights_[static_cast<size_t>(token)]); };

@@ -96,15 +96,20 @@ class ApiServer::Job : public std::enable_shared_from_this<ApiServer::Job> {
   void submit(const ApiRequest& request, const std::vector<std::vector<int32_t>>& prompts) {
     const uint64_t seed = request.generation.sampling.seed.value_or(random_number());
     sequences_.resize(static_cast<size_t>(request.choices()));
+    const bool scored = request.generation.prompt_logprobs >= 0;
+    std::shared_ptr<const std::string> echo_text;  // of all choices of one prompt
     for (size_t i = 0; i < sequences_.size(); ++i) {
       const size_t prompt = i / static_cast<size_t>(request.n);
       sequences_[i].text = TextStream(request.stop);
-      if (i % static_cast<size_t>(request.n) == 0) usage_.prompt_tokens += prompts[prompt].size();
-      if (request.echo) {
-        sequences_[i].echo = request.prompts[prompt].is_text ? request.prompts[prompt].text
-                                                             : valid_utf8(server_.tokenizer_.decode(prompts[prompt]));
-        if (request.generation.prompt_logprobs < 0) push(echo(static_cast<int>(i)));
+      if (i % static_cast<size_t>(request.n) == 0) {
+        usage_.prompt_tokens += prompts[prompt].size();
+        if (request.echo) {
+          echo_text = std::make_shared<const std::string>(request.prompts[prompt].is_text
+                                                              ? request.prompts[prompt].text
+                                                              : valid_utf8(server_.tokenizer_.decode(prompts[prompt])));
+        }
       }
+      sequences_[i].echo = echo_text;
     }
     try {
       for (size_t i = 0; i < sequences_.size(); ++i) {
@@ -115,11 +120,9 @@ class ApiServer::Job : public std::enable_shared_from_this<ApiServer::Job> {
         generation.on_token = [self = shared_from_this(), choice](const Token& token) {
           return self->on_token(choice, token);
         };
-        if (request.echo) {
+        if (request.echo && scored) {
           generation.on_prompt = [self = shared_from_this(), choice](const std::vector<Token>& tokens) {
-            Piece piece = self->echo(choice);
-            piece.tokens = tokens;
-            self->push(std::move(piece));
+            self->push_echo(choice, tokens);
           };
         }
         const auto number = server_.engine_.submit(std::move(generation));
@@ -150,6 +153,11 @@ class ApiServer::Job : public std::enable_shared_from_this<ApiServer::Job> {
       [[maybe_unused]] const ssize_t got = ::read(event_, &count, sizeof count);
       std::lock_guard lock(mutex_);
       pieces.swap(pieces_);
+      if (failed_) {
+        Piece& piece = pieces.emplace_back();
+        piece.finish = Finish::kError;
+        piece.error = "out of memory";
+      }
     }
     return true;
   }
@@ -163,21 +171,36 @@ class ApiServer::Job : public std::enable_shared_from_this<ApiServer::Job> {
  private:
   struct Sequence {
     TextStream text;
-    std::string echo;
+    std::shared_ptr<const std::string> echo;  // until it is pushed, before the first token
     bool started = false;
     Clock::time_point last;  // token
   };
 
-  Piece echo(int choice) const {
+  void push_echo(int choice, std::vector<Token> tokens) {
+    std::shared_ptr<const std::string>& text = sequences_[static_cast<size_t>(choice)].echo;
     Piece piece;
     piece.choice = choice;
-    piece.text = sequences_[static_cast<size_t>(choice)].echo;
-    return piece;
+    piece.text = *text;
+    piece.tokens = std::move(tokens);
+    push(std::move(piece));
+    text.reset();
   }
 
+  // Nothing may be thrown into the engine: the client would wait for an end that never comes.
   bool on_token(int choice, const Token& token) {
+    try {
+      return take_token(choice, token);
+    } catch (const std::exception&) {
+      failed_ = true;
+      wake();
+      return false;
+    }
+  }
+
+  bool take_token(int choice, const Token& token) {
     if (abandoned_) return false;
     Sequence& sequence = sequences_[static_cast<size_t>(choice)];
+    if (sequence.echo && token.finish != Finish::kError && token.finish != Finish::kCancelled) push_echo(choice, {});
     Piece piece;
     piece.choice = choice;
     piece.finish = token.finish;
@@ -213,6 +236,10 @@ class ApiServer::Job : public std::enable_shared_from_this<ApiServer::Job> {
       std::lock_guard lock(mutex_);
       pieces_.push_back(std::move(piece));
     }
+    wake();
+  }
+
+  void wake() const {
     const uint64_t one = 1;
     [[maybe_unused]] const ssize_t put = ::write(event_, &one, sizeof one);
   }
@@ -224,6 +251,7 @@ class ApiServer::Job : public std::enable_shared_from_this<ApiServer::Job> {
   std::vector<uint64_t> numbers_;    // the engine's, of the connection's thread
   std::vector<Sequence> sequences_;  // of the engine's thread once submitted
   std::atomic<bool> abandoned_ = false;
+  std::atomic<bool> failed_ = false;  // a part of the answer is lost
 
   mutable std::mutex mutex_;
   std::vector<Piece> pieces_;
@@ -244,7 +272,15 @@ ApiServer::ApiServer(HttpServer& http, Engine& engine, const ModelInfo& model, c
 
   http.set_pre_routing_handler([this](const Request& request, Response& response) { return before(request, response); });
   http.set_error_handler([](const Request&, Response& response) {  // httplib's own errors
-    if (response.body.empty()) response.set_content(ApiError(response.status, "malformed HTTP request").body(), kJson);
+    if (!response.body.empty()) return;
+    Connection& connection = HttpServer::connection();
+    const bool late = connection.timed_out();
+    if (late) response.status = 408;
+    // what follows may be the rest of this request
+    connection.close_after();
+    response.set_header("Connection", "close");
+    const std::string message = late ? "the request did not come in time" : "malformed HTTP request";
+    response.set_content(ApiError(response.status, message).body(), kJson);
   });
   http.set_logger([this](const Request& request, const Response& response) {
     const bool known = endpoints().contains(request.path);
@@ -368,9 +404,11 @@ void ApiServer::generate(const Reader& reader, Response& response, bool chat) {
   std::vector<std::vector<int32_t>> prompts;
   if (chat) {
     prompts.push_back(encode_chat(request));
+    engine_.check_prompt(prompts.back(), request.generation.max_tokens);
   } else {
     for (const Prompt& prompt : request.prompts) {
       prompts.push_back(prompt.is_text ? tokenizer_.encode(prompt.text, request.add_special_tokens, true) : prompt.tokens);
+      engine_.check_prompt(prompts.back(), request.generation.max_tokens);
     }
   }
   const auto job = std::make_shared<Job>(*this, request);
@@ -380,13 +418,18 @@ void ApiServer::generate(const Reader& reader, Response& response, bool chat) {
     if (draining_) throw ApiError(503, "the server is shutting down");
     throw;
   }
-  ResponseWriter writer(request, tokenizer_, options_.model_name, request_id(request.chat),
-                        static_cast<int64_t>(std::time(nullptr)));
-  writer.set_prompts(std::move(prompts));
-  if (request.stream) {
-    answer_stream(request, job, std::move(writer), response);
-  } else {
-    answer_whole(request, job, std::move(writer), response);
+  try {
+    ResponseWriter writer(request, tokenizer_, options_.model_name, request_id(request.chat),
+                          static_cast<int64_t>(std::time(nullptr)));
+    writer.set_prompts(std::move(prompts));
+    if (request.stream) {
+      answer_stream(request, job, std::move(writer), response);
+    } else {
+      answer_whole(request, job, std::move(writer), response);
+    }
+  } catch (...) {
+    job->cancel();
+    throw;
   }
 }
 
@@ -459,7 +502,7 @@ void ApiServer::answer_stream(const ApiRequest& request, const std::shared_ptr<J
     return (!include_usage || send(writer->usage_chunk(job->usage()))) && send("[DONE]");
   };
   response.set_header("Cache-Control", "no-cache");
-  response.set_chunked_content_provider("text/event-stream", [write, job](size_t, httplib::DataSink& sink) {
+  const auto provide = [write, job](size_t, httplib::DataSink& sink) {
     bool complete = false;
     try {
       complete = write(sink);
@@ -471,6 +514,9 @@ void ApiServer::answer_stream(const ApiRequest& request, const std::shared_ptr<J
     }
     sink.done();
     return true;
+  };
+  response.set_chunked_content_provider("text/event-stream", provide, [job](bool success) {
+    if (!success) job->cancel();  // also where the headers could not be sent
   });
 }
 

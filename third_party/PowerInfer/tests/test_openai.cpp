@@ -149,6 +149,8 @@ TEST_CASE("bad values name their field") {
                                                          {"presence_penalty", 3},
                                                          {"frequency_penalty", -3},
                                                          {"repetition_penalty", 0},
+                                                         {"repetition_penalty", 1e-45},
+                                                         {"repetition_penalty", 101},
                                                          {"seed", 1e300},
                                                          {"seed", "x"},
                                                          {"logit_bias", {{"300", 1}}},

@@ -165,6 +165,20 @@ TEST_CASE("logits that are not finite are refused by name of the token") {
   CHECK_NOTHROW(sampler.next(std::vector<float>{3e38f, -3e38f, 0}.data()));
 }
 
+TEST_CASE("the best token is taken where penalties overflow") {
+  SamplingParams params = with_seed(1);
+  params.repetition_penalty = 0.01f;
+  const std::vector<float> large = {1.0f, 1e37f, 2.0f};  // 1e37 / 0.01 is infinite
+  CHECK(Sampler(params, 3, std::vector<int32_t>{1}).next(large.data()).id == 1);
+  const std::vector<float> two = {3e38f, 1e37f, 2e38f};
+  CHECK(Sampler(params, 3, std::vector<int32_t>{0, 1, 2}).next(two.data()).id == 0);
+  params.repetition_penalty = 100.0f;
+  const std::vector<float> negative = {-1e37f, -2e37f};
+  CHECK(Sampler(params, 2, std::vector<int32_t>{0, 1}).next(negative.data()).id == 0);
+  params.temperature = 1e-4f;
+  CHECK(Sampler(params, 2, std::vector<int32_t>{1}).next(negative.data()).id == 0);
+}
+
 TEST_CASE("parameters out of range are refused") {
   const auto refused = [](auto change) {
     SamplingParams params;
@@ -177,7 +191,14 @@ TEST_CASE("parameters out of range are refused") {
   refused([](SamplingParams& p) { p.top_k = -1; });
   refused([](SamplingParams& p) { p.min_p = NAN; });
   refused([](SamplingParams& p) { p.presence_penalty = 3; });
-  refused([](SamplingParams& p) { p.repetition_penalty = 0; });
+  for (const float penalty : {0.0f, 1e-45f, 0.009f, 100.5f, -1.0f, INFINITY, NAN}) {
+    refused([&](SamplingParams& p) { p.repetition_penalty = penalty; });
+  }
+  for (const float penalty : {0.01f, 100.0f}) {
+    SamplingParams params;
+    params.repetition_penalty = penalty;
+    CHECK_NOTHROW(check_sampling(params, 10));
+  }
   refused([](SamplingParams& p) { p.logit_bias = {{-1, 0.0f}}; });
   refused([](SamplingParams& p) { p.logit_bias = {{1, INFINITY}}; });
 }
