@@ -96,5 +96,7 @@ inline int compact(Floats a, Floats b, int n, int32_t base, int32_t* out) {
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// into the second-level cache
+inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace powerinfer::avx512

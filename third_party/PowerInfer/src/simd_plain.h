@@ -191,5 +191,6 @@ inline int compact(Floats a, Floats b, int n, int32_t base, int32_t* out) {
 }
 
 inline void prefetch(const void*) {}
+inline void prefetch_far(const void*) {}
 
 }  // namespace powerinfer::plain
