@@ -8,14 +8,10 @@ namespace powerinfer {
 
 namespace {
 
-// opt's table of positions has two rows in front that no position uses
-constexpr uint64_t kLearnedPositionsOffset = 2;
-
 Architecture known(const GgufFile& file) {
   Architecture a;
   a.name = file.get_string("general.architecture");
-  if (a.name == "llama") {
-  } else if (a.name == "bamboo") {
+  if (a.name == "bamboo") {
     a.relu_up = true;
   } else if (a.name == "falcon") {
     a.layer_norm = a.parallel = a.fused_qkv = true;
@@ -25,7 +21,7 @@ Architecture known(const GgufFile& file) {
     a.layer_norm = a.biases = a.learned_positions = true;
     a.gated = false;
     a.rope = Rope::kNone;
-  } else {
+  } else if (a.name != "llama") {  // llama's are the defaults
     throw model_error(file.name() + " is of architecture \"" + a.name + "\"; llama, bamboo, falcon and opt can be run");
   }
   return a;
