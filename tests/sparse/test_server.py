@@ -27,7 +27,7 @@ from vllm_powerquant import model
 openai = pytest.importorskip("openai")
 pytest.importorskip("gguf")
 
-from sparse.models import Shape, write_checkpoint  # noqa: E402
+from sparse.models import SHAPES, Shape, write_checkpoint  # noqa: E402
 from vllm_powerquant.sparse.convert import convert  # noqa: E402
 
 CONTEXT = 4096
@@ -711,6 +711,19 @@ def test_flags(engine_build, tiny_model):
         ("--chat-template", "/no/such/file"),
     ):
         assert flags[0].split("=")[0] in one_line(run(engine_build, "--model", tiny_model, *flags), 2)
+
+
+def test_activation_is_what_the_model_allows(engine_build, tiny_model, tmp_path):
+    text = "--activation: the activation of sparse llama models must be relu, got"
+    assert f'{text} "gelu"' in one_line(run(engine_build, "--model", tiny_model, "--activation", "gelu"), 2)
+    folder = write_checkpoint(dataclasses.replace(SHAPES["tiny-opt"], activation="gelu"), tmp_path / "opt")
+    convert(folder, folder / "opt.gguf", progress=False)
+    text = '--activation: the activation of opt models must be relu or gelu, got "silu"'
+    assert text in one_line(run(engine_build, "--model", folder / "opt.gguf", "--activation", "silu"), 2)
+    with Server(engine_build, folder / "opt.gguf", "--activation", "gelu") as server:
+        chosen = server.complete(max_tokens=8)["choices"][0]["text"]
+    with Server(engine_build, folder / "opt.gguf") as server:
+        assert server.complete(max_tokens=8)["choices"][0]["text"] == chosen
 
 
 def test_bad_model_files(engine_build, tiny_model, tmp_path):

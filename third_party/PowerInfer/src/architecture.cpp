@@ -37,14 +37,15 @@ Activation activation_of(const GgufFile& file, const Architecture& a, const std:
     }
   }
   if (!asked.empty()) name = asked;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "silu" && a.gated && !a.relu_up && !file.sparse()) return Activation::kSilu;
-  if (name == "gelu" && !a.gated && !file.sparse()) return Activation::kGelu;
-  const std::string text = "activation \"" + name + "\" is not possible for " + (file.sparse() ? "a sparse " : "") + a.name +
-                           " model; allowed: relu" +
-                           (file.sparse() ? ""
-                            : a.gated     ? (a.relu_up ? "" : ", silu")
-                                          : ", gelu");
+  std::vector<Activation> allowed = {Activation::kRelu};
+  if (!file.sparse() && !a.relu_up) allowed.push_back(a.gated ? Activation::kSilu : Activation::kGelu);
+  std::string choices;
+  for (const Activation activation : allowed) {
+    if (name == activation_name(activation)) return activation;
+    choices += (choices.empty() ? "" : " or ") + std::string(activation_name(activation));
+  }
+  const std::string text = "the activation of " + std::string(file.sparse() ? "sparse " : "") + a.name + " models must be " +
+                           choices + ", got \"" + name + "\"";
   throw asked.empty() ? model_error(file.name() + ": " + text) : Error(ErrorKind::kUsage, "--activation: " + text);
 }
 
