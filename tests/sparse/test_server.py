@@ -265,6 +265,42 @@ def test_logprobs_and_echo(server):
     assert server.complete(prompt="Hello you", max_tokens=4, echo=True)["choices"][0]["text"] == choice.text
 
 
+@pytest.fixture(scope="module")
+def spm_server(engine_build, tmp_path_factory) -> Iterator[Server]:
+    folder = write_checkpoint(Shape(tokenizer="spm", vocab_size=512), tmp_path_factory.mktemp("spm"))
+    convert(folder, folder / "spm.gguf", predictor=folder / "predictor", progress=False)
+    with Server(engine_build, folder / "spm.gguf") as started:
+        yield started
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("prompt", ["Hello you", " Hello  you", "naïve 世界 x", "Hello</s>you", "</s> x", " ", "ids"])
+def test_text_offsets_of_sentencepiece_are_where_the_tokens_begin(spm_server, prompt, stream):
+    echoed = prompt if prompt != "ids" else "Hello you"
+    ids = spm_server.http.post("/tokenize", json={"prompt": echoed}).json()["tokens"]
+    asked = {"prompt": ids if prompt == "ids" else prompt, "max_tokens": 1, "logprobs": 0, "echo": True}
+    response = spm_server.http.post("/v1/completions", json=asked | {"stream": stream})
+    if stream:
+        events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+        choices = [event["choices"][0] for event in events]
+    else:
+        choices = response.json()["choices"]
+    assert "".join(choice["text"] for choice in choices).startswith(echoed)
+    lists = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    tokens, offsets = (sum((part[name] for part in lists), []) for name in ("tokens", "text_offset"))
+    assert len(tokens) == len(ids) + 1
+    assert offsets[0] == 0 and offsets == sorted(offsets) and offsets[-1] == len(echoed)
+    begins = True  # a part of the text, which SentencePiece puts a space in front of
+    for token, start, end in zip(tokens[:-1], offsets[:-1], offsets[1:], strict=True):
+        part = echoed[start:end]
+        special = token in ("<s>", "</s>")
+        if special:
+            assert part in ("", token)
+        elif not token.startswith("bytes:"):
+            assert part == token or (begins and f" {part}" == token)
+        begins = special
+
+
 def test_seed_and_sampling(server):
     asked = {"max_tokens": 20, "temperature": 1.5, "ignore_eos": True}
     one = server.complete(**asked, seed=5)["choices"][0]["text"]

@@ -513,6 +513,15 @@ std::string token_text(const std::string& bytes) {
   return text;
 }
 
+// Bytes of the first characters of valid UTF-8, of all where there are fewer.
+static size_t bytes_of(std::string_view text, size_t characters) {
+  size_t at = 0;
+  for (; at < text.size(); ++at) {
+    if ((static_cast<uint8_t>(text[at]) & 0xc0) != 0x80 && characters-- == 0) break;
+  }
+  return at;
+}
+
 // The JSON values that bodies are made of.
 struct ResponseWriter::Json {
   ResponseWriter& writer;
@@ -553,6 +562,25 @@ struct ResponseWriter::Json {
                    {"total_tokens", usage.prompt_tokens + usage.completion_tokens}};
   }
 
+  // Characters of the echoed prompt's tokens. Its text holds special tokens where the client wrote them, not those that the
+  // tokenizer added, nor the space that SentencePiece puts in front of a text or a part of it.
+  std::vector<size_t> echoed_lengths(const Piece& piece) const {
+    std::vector<size_t> lengths;
+    std::string_view rest = piece.text;
+    bool begins = writer.tokenizer_.leading_space();
+    for (const int32_t token : prompt(piece.choice)) {
+      const std::string plain = writer.tokenizer_.token_bytes(token), whole = bytes(token);
+      std::string_view text = whole;
+      if (begins && text.starts_with(' ') && rest.starts_with(text.substr(1))) text.remove_prefix(1);
+      // else: a token that the tokenizer added, or bytes that are no UTF-8 and stand as U+FFFD
+      if (!rest.starts_with(text)) text = plain;
+      lengths.push_back(utf8_length(text));
+      rest.remove_prefix(bytes_of(rest, lengths.back()));
+      begins = writer.tokenizer_.leading_space() && plain.empty();
+    }
+    return lengths;
+  }
+
   ordered chat_token(int32_t token, float value) const {
     const std::string text = bytes(token);
     ordered list = ordered::array();
@@ -574,8 +602,13 @@ struct ResponseWriter::Json {
       return ordered{{"content", content}, {"refusal", nullptr}};
     }
     ordered tokens = ordered::array(), values = ordered::array(), tops = ordered::array(), offsets = ordered::array();
-    size_t& offset = writer.offsets_[static_cast<size_t>(piece.choice)];
-    for (const Token& token : piece.tokens) {
+    const auto choice = static_cast<size_t>(piece.choice);
+    const std::vector<size_t> echoed =
+        writer.echo_ && !writer.placed_[choice] ? echoed_lengths(piece) : std::vector<size_t>();
+    writer.placed_[choice] = true;
+    size_t& offset = writer.offsets_[choice];
+    for (size_t i = 0; i < piece.tokens.size(); ++i) {
+      const Token& token = piece.tokens[i];
       tokens.push_back(name(token.id));
       values.push_back(logprob(token.logprob));
       if (std::isfinite(token.logprob)) {
@@ -587,7 +620,7 @@ struct ResponseWriter::Json {
         tops.push_back(nullptr);  // the first token of a prompt
       }
       offsets.push_back(offset);
-      offset += utf8_length(writer.tokenizer_.token_bytes(token.id));
+      offset += i < echoed.size() ? echoed[i] : utf8_length(writer.tokenizer_.token_bytes(token.id, !writer.skip_special_));
     }
     return ordered{{"tokens", tokens}, {"token_logprobs", values}, {"top_logprobs", tops}, {"text_offset", offsets}};
   }
@@ -600,13 +633,16 @@ ResponseWriter::ResponseWriter(const ApiRequest& request, const Tokenizer& token
       id_(std::move(id)),
       created_(created),
       chat_(request.chat),
+      echo_(request.echo),
       include_usage_(request.include_usage),
       logprobs_(request.generation.sampling.logprobs >= 0),
       token_ids_(request.return_token_ids),
       tokens_as_ids_(request.tokens_as_ids),
+      skip_special_(request.skip_special_tokens),
       n_(static_cast<size_t>(request.n)),
       prompt_shown_(static_cast<size_t>(request.choices())),
-      offsets_(static_cast<size_t>(request.choices())) {}
+      offsets_(static_cast<size_t>(request.choices())),
+      placed_(static_cast<size_t>(request.choices())) {}
 
 std::string ResponseWriter::first_chunk(int choice) {
   if (!chat_) return "";
