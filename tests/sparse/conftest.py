@@ -49,6 +49,14 @@ def engine_build() -> Path:
     return BUILD
 
 
+@pytest.fixture
+def plain_memory(engine_build) -> None:
+    """For tests of how much memory the engine takes: a sanitizer's build takes several times as much."""
+    program = (engine_build / "powerinfer-server").read_bytes()
+    if b"__asan_" in program or b"__tsan_" in program:
+        pytest.skip("the engine was built with a sanitizer, which multiplies its memory")
+
+
 @pytest.fixture(scope="session")
 def engine_server(request) -> Path:
     """The server under test: the one that POWERQUANT_ENGINE names, else the one built here."""

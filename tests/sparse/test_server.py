@@ -475,7 +475,7 @@ def test_a_prompt_longer_than_the_context_names_both_numbers(server):
     assert answer["choices"][0]["finish_reason"] == "length"
 
 
-def test_a_prompt_longer_than_the_context_is_refused_before_its_choices_are_built(server):
+def test_a_prompt_longer_than_the_context_is_refused_before_its_choices_are_built(server, plain_memory):
     def peak() -> int:  # bytes
         status = Path(f"/proc/{server.process.pid}/status").read_text()
         return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
@@ -782,7 +782,7 @@ def test_port_taken_and_address_that_is_none(engine_build, tiny_model):
     one_line(run(engine_build, "--model", tiny_model, "--port", 0, "--host", "203.0.113.1"), 4)
 
 
-def test_too_little_memory(engine_build, tiny_model):
+def test_too_little_memory(engine_build, tiny_model, plain_memory):
     result = subprocess.run(
         ["bash", "-c", 'ulimit -v 500000; exec "$0" "$@"', engine_build / "powerinfer-server", "--model", tiny_model]
         + ["--port", "0", "--slots", "1000", "--batch", "2000"],

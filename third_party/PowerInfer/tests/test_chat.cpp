@@ -59,6 +59,8 @@ TEST_CASE("expressions") {
   CHECK(rendered("{{ (1 < 2 < 3) and not (2 == 3) or false }}") == "True");
   CHECK(rendered("{{ ' a '.strip() + ' b ' | trim + 'c' }}") == "abc");
   CHECK(rendered("{{ '\u3000\u00a0x\u2003' | trim }}") == "x");
+  CHECK(rendered("{{ '<\u20ac<<x>\u20ac>'.strip('<\u20ac>') }}{{ '--y--'.rstrip('-') }}{{ '--z-' | trim('-') }}") ==
+        "x--yz");
   CHECK(rendered("{{ 'a,b'.split(',')[1] }}{{ 'user'.title() }}{{ 'x' | upper }}{{ missing | default('d') }}") == "bUserXd");
   CHECK(rendered("{{ 'l1\\nl2\\t\\u20ac' }}") == "l1\nl2\t\u20ac");
   CHECK(rendered("{{ {'a': 1}.get('a') }}{{ {'a': 1}['b'] | default('-') }}") == "1-");

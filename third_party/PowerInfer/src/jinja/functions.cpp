@@ -68,7 +68,7 @@ Value call_method(const Value& object, const std::string& m, const Arguments& a)
     const std::string& s = object.text();
     if (m == "strip" || m == "lstrip" || m == "rstrip") {
       a.at_most(1, {}, m);
-      std::optional<std::string> set;
+      std::optional<std::string_view> set;
       if (!a.values.empty()) set = a.text(0, m);
       return Value::string(strip(s, m != "rstrip", m != "lstrip", set));
     }
@@ -134,7 +134,7 @@ Value apply_filter(const Value& object, const std::string& f, const Arguments& a
   if (!a.keywords.empty()) throw Unsupported("the filter " + f + " with these arguments");
   if (f == "trim") {
     a.at_most(1, {}, f);
-    std::optional<std::string> set;
+    std::optional<std::string_view> set;
     if (!a.values.empty()) set = a.text(0, f);
     return Value::string(strip(text_of(object), true, true, set));
   }

@@ -66,8 +66,8 @@ std::string utf8(uint32_t code) {
   return out;
 }
 
-std::string strip(std::string_view text, bool left, bool right, const std::optional<std::string>& set) {
-  const auto all = characters(set.value_or(""));
+std::string strip(std::string_view text, bool left, bool right, std::optional<std::string_view> set) {
+  const auto all = characters(set.value_or(std::string_view()));
   const auto removed = [&](std::string_view c) {
     return set ? std::find(all.begin(), all.end(), c) != all.end() : is_space(c);
   };

@@ -14,7 +14,7 @@ constexpr size_t kMaxOutput = 64 << 20;  // bytes of a text that a template make
 std::vector<std::string_view> characters(std::string_view text);
 std::string utf8(uint32_t code);
 // `set`: the characters to remove; nullopt: white space.
-std::string strip(std::string_view text, bool left, bool right, const std::optional<std::string>& set = std::nullopt);
+std::string strip(std::string_view text, bool left, bool right, std::optional<std::string_view> set = std::nullopt);
 // how: "upper", "lower", "title" or "capitalize". Throws Unsupported for text that is not ASCII.
 std::string ascii_case(const std::string& text, const std::string& how);
 std::string replace(const std::string& text, const std::string& from, const std::string& to);
