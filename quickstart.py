@@ -221,21 +221,7 @@ class Facts:
     @staticmethod
     def nothing() -> Facts:
         """A machine that has nothing: `problems` then lists every need."""
-        return Facts(
-            linux=False,
-            python=(0, 0),
-            ensurepip=False,
-            compiler=False,
-            libnuma=False,
-            python_headers=False,
-            free_gb=0.0,
-            cmake=False,
-            make=False,
-            pkg_config=False,
-            httplib=False,
-            json=False,
-            doctest=False,
-        )
+        return Facts(**dict.fromkeys(Facts.__annotations__, False) | {"python": (0, 0), "free_gb": 0.0})
 
 
 @dataclass(frozen=True)
@@ -244,6 +230,17 @@ class Problem:
 
     text: str
     package: str = ""
+
+
+# by the fact
+ENGINE_NEEDS = {
+    "cmake": Problem("cmake", "cmake"),
+    "make": Problem("ninja or make", "ninja-build"),
+    "pkg_config": Problem("pkg-config", "pkg-config"),
+    "httplib": Problem("the C++ library cpp-httplib", "libcpp-httplib-dev"),
+    "json": Problem("the C++ library nlohmann-json", "nlohmann-json3-dev"),
+    "doctest": Problem("the C++ library doctest", "doctest-dev"),
+}
 
 
 def problems(machine: str, facts: Facts, installed: bool = False, tests: bool = False) -> list[Problem]:
@@ -266,18 +263,7 @@ def problems(machine: str, facts: Facts, installed: bool = False, tests: bool = 
     if machine == "cuda" and not facts.python_headers:
         found.append(Problem("Python's C headers (Triton compiles against Python.h)", f"python{version}-dev"))
     if tests:
-        if not facts.cmake:
-            found.append(Problem("cmake", "cmake"))
-        if not facts.make:
-            found.append(Problem("ninja or make", "ninja-build"))
-        if not facts.pkg_config:
-            found.append(Problem("pkg-config", "pkg-config"))
-        if not facts.httplib:
-            found.append(Problem("the C++ library cpp-httplib", "libcpp-httplib-dev"))
-        if not facts.json:
-            found.append(Problem("the C++ library nlohmann-json", "nlohmann-json3-dev"))
-        if not facts.doctest:
-            found.append(Problem("the C++ library doctest", "doctest-dev"))
+        found += [problem for fact, problem in ENGINE_NEEDS.items() if not getattr(facts, fact)]
     if facts.free_gb < DISK_GB[machine] and not installed:
         found.append(Problem(f"{DISK_GB[machine]} GB of free disk space"))
     return found

@@ -18,9 +18,19 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
 
 
+PROGRAMS = ("powerinfer-server", "powerinfer-bench", "powerinfer-render", "powerinfer-tokenize", "engine-tests")
+
+
 @pytest.fixture(scope="session")
 def engine_build() -> Path:
-    """Folder of the built engine. Skips only where there is no C++ compiler, and never in CI."""
+    """Folder of the built engine: the one of POWERQUANT_ENGINE where all its programs lie beside it (a sanitizer's build).
+
+    Skips only where there is no C++ compiler, and never in CI.
+    """
+    if named := os.environ.get("POWERQUANT_ENGINE"):
+        folder = Path(named).absolute().parent
+        if all((folder / name).is_file() for name in PROGRAMS):
+            return folder
     generator = ["-G", "Ninja"] if shutil.which("ninja") and not (BUILD / "Makefile").exists() else []
     commands = (
         ["cmake", "-S", str(SOURCE), "-B", str(BUILD), *generator],
@@ -37,6 +47,14 @@ def engine_build() -> Path:
             pytest.skip("the engine cannot be built here without a C++ compiler")
         assert not failed, f"{' '.join(command)}\n{output}"
     return BUILD
+
+
+@pytest.fixture
+def plain_memory(engine_build) -> None:
+    """For tests of how much memory the engine takes: a sanitizer's build takes several times as much."""
+    program = (engine_build / "powerinfer-server").read_bytes()
+    if b"__asan_" in program or b"__tsan_" in program:
+        pytest.skip("the engine was built with a sanitizer, which multiplies its memory")
 
 
 @pytest.fixture(scope="session")

@@ -342,6 +342,28 @@ def test_heads_of_another_size_are_named(own, tmp_path):
     assert relative_error(got.logits(IDS)[0], transformers_logits("wide", folder)) < 2e-5
 
 
+@pytest.mark.parametrize("name", ["OPTForCausalLM", "OPTModel"])
+def test_opt_saved_without_the_class_around_it(name, own, file, tmp_path):
+    folder = own("tiny-opt")
+    state = load_file(folder / "model.safetensors")
+    state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    edit(folder / "config.json", architectures=[name])
+    convert(folder, tmp_path / "m.gguf", dtype="f32", predictor=folder / "predictor", progress=False)
+    got, want = File(tmp_path / "m.gguf"), file("tiny-opt")
+    assert list(got.data) == list(want.data)
+    assert all(torch.equal(got.tensor(name), want.tensor(name)) for name in want.data)
+    save_file(
+        state | {"decoder.layers.0.fc3.weight": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(PowerQuantUnsupportedError, match="the first is decoder.layers.0.fc3.weight"):
+        convert(folder, tmp_path / "m.gguf", progress=False)
+    name = "decoder.final_layer_norm.bias"
+    save_file(state | {f"model.{name}": state[name].clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PowerQuantConfigError, match=f"has (model.)?{name} and (model.)?{name}, which are the same tensor"):
+        convert(folder, tmp_path / "m.gguf", progress=False)
+
+
 # q6_k
 
 

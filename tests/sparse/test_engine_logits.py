@@ -272,7 +272,7 @@ def fails(engine_build: Path, status: int, *arguments: Any) -> str:
         (["--frobnicate"], 'unknown argument "--frobnicate"'),
         (["--kv", "int8"], "--kv takes f16 or packed"),
         (["--kv", "packed"], "a packed KV cache needs a head size of 64"),
-        (["--activation", "silu"], 'activation "silu" is not possible for a sparse llama model'),
+        (["--activation", "silu"], 'the activation of sparse llama models must be relu, got "silu"'),
         (["--context", "100000"], "--context is 100000; 0 to 256"),
         (["--batch", "0"], "--batch is 0"),
         (["--concurrent", "0"], "--slots is 0"),

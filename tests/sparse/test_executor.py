@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from vllm_powerquant.errors import PowerQuantConfigError, PowerQuantEngineError
 from vllm_powerquant.sparse.executor import SamplingParams, SparseEngine
 from vllm_powerquant.sparse.http import Address, Http
+from vllm_powerquant.sparse.process import _Spawner
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=8000, ignore_eos=True)
@@ -324,6 +326,68 @@ def test_close_leaves_no_process_and_refuses_requests(start, tiny_model):
     engine.close()
 
 
+def test_close_does_not_wait_for_a_restart(start, tiny_model, tmp_path, monkeypatch):
+    engine = start(tiny_model)
+    pid_file = tmp_path / "pid"
+    engine._server = fake_server(tmp_path, monkeypatch, f"echo $$ > {pid_file}; exec sleep 600")  # loads for ever
+    os.kill(process_of(engine), signal.SIGKILL)
+    assert is_gone(engine._run.process.pid)
+    errors = []
+
+    def ask():
+        with pytest.raises(PowerQuantEngineError) as caught:
+            engine.generate("Hello", GREEDY)
+        errors.append(str(caught.value))
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert wait_for(lambda: pid_file.exists() and pid_file.read_text())
+    begin = time.monotonic()
+    engine.close()
+    for thread in threads:
+        thread.join(5)
+    assert time.monotonic() - begin < 5
+    assert errors == ["this SparseEngine is closed"] * 3
+    assert is_gone(int(pid_file.read_text()))
+
+
+def test_engine_that_does_not_end_is_killed_after_the_drain_that_was_asked_for(start, tiny_model):
+    engine = start(tiny_model, drain_seconds=0)
+    pid = process_of(engine)
+    os.kill(pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    engine.close()
+    assert time.monotonic() - begin < 8 and is_gone(pid, 0)
+
+
+@pytest.mark.slow
+def test_engine_may_take_the_drain_that_was_asked_for(start, tiny_model):
+    engine = start(tiny_model, drain_seconds=12)
+    process = engine._current().process
+    os.kill(process.pid, signal.SIGSTOP)
+    threading.Timer(11, os.kill, (process.pid, signal.SIGCONT)).start()
+    engine.close()
+    assert process.status == 0
+
+
+def test_interrupt_while_the_engine_is_spawned_leaves_none(tmp_path, monkeypatch, tiny_model):
+    pid_file = tmp_path / "pid"
+    fake_server(tmp_path, monkeypatch, f"echo $$ > {pid_file}; exec sleep 600")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        # what it waits for when the signal comes
+        _Spawner.get().jobs.put((lambda: time.sleep(0.5), queue.SimpleQueue()))
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            SparseEngine(tiny_model)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    _Spawner.get().run(lambda: None)
+    time.sleep(0.5)
+    assert not pid_file.exists() or is_gone(int(pid_file.read_text()))
+
+
 def test_garbage_collection_stops_the_engine(engine_server, tiny_model, monkeypatch):
     monkeypatch.setenv("POWERQUANT_ENGINE", str(engine_server))
     engine = SparseEngine(tiny_model, threads=1)
@@ -510,6 +574,8 @@ def test_url_names_a_server_that_runs_already(start, tiny_model):
         ({"url": "localhost:80"}, "url must be like http://HOST:PORT"),
         ({"url": "http://localhost:99999"}, "url must be like http://HOST:PORT"),
         ({"url": "http://localhost:80", "kv": "packed"}, "of no use with url: slots, kv"),
+        ({"url": "http://localhost:80", "drain_seconds": 0}, "of no use with url: slots, kv, drain_seconds"),
+        ({"drain_seconds": 0.5}, "drain_seconds must be an integer of 0 or more, got 0.5"),
         ({"url": "http://localhost:80", "batch": 3}, "of no use with url: batch"),
         ({"url": "http://localhost:80", "chat_template": "chatml"}, "of no use with url: chat_template"),
         ({"url": "http://localhost:80", "protocol": "grpc"}, "protocol must be openai or powerinfer"),

@@ -27,7 +27,7 @@ from vllm_powerquant import model
 openai = pytest.importorskip("openai")
 pytest.importorskip("gguf")
 
-from sparse.models import Shape, write_checkpoint  # noqa: E402
+from sparse.models import SHAPES, Shape, write_checkpoint  # noqa: E402
 from vllm_powerquant.sparse.convert import convert  # noqa: E402
 
 CONTEXT = 4096
@@ -265,6 +265,42 @@ def test_logprobs_and_echo(server):
     assert server.complete(prompt="Hello you", max_tokens=4, echo=True)["choices"][0]["text"] == choice.text
 
 
+@pytest.fixture(scope="module")
+def spm_server(engine_build, tmp_path_factory) -> Iterator[Server]:
+    folder = write_checkpoint(Shape(tokenizer="spm", vocab_size=512), tmp_path_factory.mktemp("spm"))
+    convert(folder, folder / "spm.gguf", predictor=folder / "predictor", progress=False)
+    with Server(engine_build, folder / "spm.gguf") as started:
+        yield started
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("prompt", ["Hello you", " Hello  you", "naïve 世界 x", "Hello</s>you", "</s> x", " ", "ids"])
+def test_text_offsets_of_sentencepiece_are_where_the_tokens_begin(spm_server, prompt, stream):
+    echoed = prompt if prompt != "ids" else "Hello you"
+    ids = spm_server.http.post("/tokenize", json={"prompt": echoed}).json()["tokens"]
+    asked = {"prompt": ids if prompt == "ids" else prompt, "max_tokens": 1, "logprobs": 0, "echo": True}
+    response = spm_server.http.post("/v1/completions", json=asked | {"stream": stream})
+    if stream:
+        events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+        choices = [event["choices"][0] for event in events]
+    else:
+        choices = response.json()["choices"]
+    assert "".join(choice["text"] for choice in choices).startswith(echoed)
+    lists = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    tokens, offsets = (sum((part[name] for part in lists), []) for name in ("tokens", "text_offset"))
+    assert len(tokens) == len(ids) + 1
+    assert offsets[0] == 0 and offsets == sorted(offsets) and offsets[-1] == len(echoed)
+    begins = True  # a part of the text, which SentencePiece puts a space in front of
+    for token, start, end in zip(tokens[:-1], offsets[:-1], offsets[1:], strict=True):
+        part = echoed[start:end]
+        special = token in ("<s>", "</s>")
+        if special:
+            assert part in ("", token)
+        elif not token.startswith("bytes:"):
+            assert part == token or (begins and f" {part}" == token)
+        begins = special
+
+
 def test_seed_and_sampling(server):
     asked = {"max_tokens": 20, "temperature": 1.5, "ignore_eos": True}
     one = server.complete(**asked, seed=5)["choices"][0]["text"]
@@ -439,7 +475,7 @@ def test_a_prompt_longer_than_the_context_names_both_numbers(server):
     assert answer["choices"][0]["finish_reason"] == "length"
 
 
-def test_a_prompt_longer_than_the_context_is_refused_before_its_choices_are_built(server):
+def test_a_prompt_longer_than_the_context_is_refused_before_its_choices_are_built(server, plain_memory):
     def peak() -> int:  # bytes
         status = Path(f"/proc/{server.process.pid}/status").read_text()
         return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
@@ -713,6 +749,19 @@ def test_flags(engine_build, tiny_model):
         assert flags[0].split("=")[0] in one_line(run(engine_build, "--model", tiny_model, *flags), 2)
 
 
+def test_activation_is_what_the_model_allows(engine_build, tiny_model, tmp_path):
+    text = "--activation: the activation of sparse llama models must be relu, got"
+    assert f'{text} "gelu"' in one_line(run(engine_build, "--model", tiny_model, "--activation", "gelu"), 2)
+    folder = write_checkpoint(dataclasses.replace(SHAPES["tiny-opt"], activation="gelu"), tmp_path / "opt")
+    convert(folder, folder / "opt.gguf", progress=False)
+    text = '--activation: the activation of opt models must be relu or gelu, got "silu"'
+    assert text in one_line(run(engine_build, "--model", folder / "opt.gguf", "--activation", "silu"), 2)
+    with Server(engine_build, folder / "opt.gguf", "--activation", "gelu") as server:
+        chosen = server.complete(max_tokens=8)["choices"][0]["text"]
+    with Server(engine_build, folder / "opt.gguf") as server:
+        assert server.complete(max_tokens=8)["choices"][0]["text"] == chosen
+
+
 def test_bad_model_files(engine_build, tiny_model, tmp_path):
     assert "no-such-file" in one_line(run(engine_build, "--model", "/no-such-file"), 3)
     data = tiny_model.read_bytes()
@@ -733,7 +782,7 @@ def test_port_taken_and_address_that_is_none(engine_build, tiny_model):
     one_line(run(engine_build, "--model", tiny_model, "--port", 0, "--host", "203.0.113.1"), 4)
 
 
-def test_too_little_memory(engine_build, tiny_model):
+def test_too_little_memory(engine_build, tiny_model, plain_memory):
     result = subprocess.run(
         ["bash", "-c", 'ulimit -v 500000; exec "$0" "$@"', engine_build / "powerinfer-server", "--model", tiny_model]
         + ["--port", "0", "--slots", "1000", "--batch", "2000"],

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
-from .families import Model, Weight
+from .families import Model, Weight, planned_name
 
 if TYPE_CHECKING:
     import torch
@@ -41,13 +41,19 @@ class Checkpoint:
             raise PowerQuantConfigError(
                 f"{folder} has no *.safetensors; weights in pytorch_model.bin must be saved as safetensors first"
             )
-        self._files: dict[str, Any] = {}
+        # by planned_name: the open file, and the name in it
+        self._files: dict[str, tuple[Any, str]] = {}
         for name in names:
             try:
                 file = safe_open(folder / name, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise PowerQuantConfigError(f"{folder / name} can't be read: {error}") from error
-            self._files |= dict.fromkeys(file.keys(), file)
+            for own_name in file.keys():
+                known = self._files.setdefault(planned_name(own_name), (file, own_name))[1]
+                if known != own_name:
+                    raise PowerQuantConfigError(
+                        f"{folder} has {known} and {own_name}, which are the same tensor: remove one"
+                    )
 
     def check(self, planned: list[Weight]) -> None:
         """Every tensor is there with its shape, and none is left over."""
@@ -55,16 +61,19 @@ class Checkpoint:
         if missing:
             raise PowerQuantConfigError(f"{self.folder} lacks {len(missing)} tensors, the first is {missing[0]}")
         for weight in planned:
-            part = self._files[weight.source].get_slice(weight.source)
+            file, name = self._files[weight.source]
+            part = file.get_slice(name)
             shape = tuple(part.get_shape())
             if shape != weight.shape:
                 raise PowerQuantConfigError(
-                    f"{weight.source} must have shape {weight.shape} by config.json, got {shape} in {self.folder}"
+                    f"{name} must have shape {weight.shape} by config.json, got {shape} in {self.folder}"
                 )
             if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                raise PowerQuantUnsupportedError(f"no checkpoint with weights in {part.get_dtype()} ({weight.source})")
+                raise PowerQuantUnsupportedError(f"no checkpoint with weights in {part.get_dtype()} ({name})")
         used = {weight.source for weight in planned} | {"lm_head.weight"}
-        extra = [name for name in self._files if name not in used and not name.endswith(IGNORED_SUFFIXES)]
+        extra = [
+            name for known, (_, name) in self._files.items() if known not in used and not name.endswith(IGNORED_SUFFIXES)
+        ]
         if extra:
             raise PowerQuantUnsupportedError(
                 f"no checkpoint with tensors that the format has no place for: {len(extra)}, the first is {extra[0]}"
@@ -73,10 +82,11 @@ class Checkpoint:
     def load(self, weight: Weight) -> torch.Tensor:
         from safetensors import SafetensorError
 
+        file, name = self._files[weight.source]
         try:
-            tensor = self._files[weight.source].get_tensor(weight.source)
+            tensor = file.get_tensor(name)
         except SafetensorError as error:
-            raise PowerQuantConfigError(f"{self.folder}: {weight.source} can't be read: {error}") from error
+            raise PowerQuantConfigError(f"{self.folder}: {name} can't be read: {error}") from error
         return weight.reorder(tensor) if weight.reorder else tensor
 
 

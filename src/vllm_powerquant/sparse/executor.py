@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import PowerQuantConfigError, PowerQuantEngineError
+from ..errors import PowerQuantConfigError, PowerQuantEngineError, PowerQuantError
 from .build import Say, find_engine
 from .chat_template import render
 from .header import Header, read_header
@@ -35,6 +35,8 @@ PROTOCOLS = ("openai", "powerinfer")
 # how long a lost connection waits for the engine's end, which it most likely is
 _DEATH_SECONDS = 5.0
 _DRAIN_SECONDS = 5
+# that an engine may take beyond its drain to give up what is left and to end
+_END_SECONDS = 5
 # requests under way at another server
 _PARALLEL_ELSEWHERE = 16
 # what the engine says of a template that it can't render
@@ -42,6 +44,7 @@ _NOT_RENDERED = "chat template is not rendered here"
 # of a server that is there, to a question that needs no model
 _FIRST_ANSWER_SECONDS = 30.0
 _API_KEY_ENV = "POWERINFER_API_KEY"
+_CLOSED = "this SparseEngine is closed"
 
 Result = TypeVar("Result")
 
@@ -79,6 +82,7 @@ class SparseEngine:
         url: an OpenAI-compatible server to use instead of an engine of our own, like http://HOST:PORT
         protocol: of `url`: "openai", or "powerinfer" for upstream's /completion (see protocols.PowerInfer for its limits)
         start_timeout: seconds in which the engine must have loaded the model
+        drain_seconds: time that `close` leaves the engine for what it is working on
         request_timeout: seconds for which the server may send nothing, without streaming those of a whole answer; None: any
         vllm_types: True: outputs are vLLM's classes; False: this package's of the same fields; None: vLLM's where it
             is imported already
@@ -102,13 +106,16 @@ class SparseEngine:
         url: str | None = None,
         protocol: str = "openai",
         start_timeout: float = 600.0,
+        drain_seconds: int = _DRAIN_SECONDS,
         request_timeout: float | None = None,
         vllm_types: bool | None = None,
         say: Say = None,
         **options: str | int | bool,
     ):
-        self._lock = threading.Lock()
+        # guards what follows, never held while a model is loaded
+        self._changed = threading.Condition()
         self._run: _Run | None = None
+        self._restarting = False
         self._closed = False
         self._vllm_types = vllm_types
         self._api_key = api_key
@@ -116,14 +123,16 @@ class SparseEngine:
         named = chat_template is not None and "{" not in chat_template
         self._chat_template = None if named else chat_template
         self._header: Header | None = None
+        if type(drain_seconds) is not int or drain_seconds < 0:
+            raise PowerQuantConfigError(f"drain_seconds must be an integer of 0 or more, got {drain_seconds!r}")
         if protocol not in PROTOCOLS:
             raise PowerQuantConfigError(f"protocol must be {' or '.join(PROTOCOLS)}, got {protocol!r}")
         if url is not None:
             given = {"threads": threads, "context": context, "chat_template": chat_template if named else None, **options}
             given = [name for name, value in given.items() if value is not None]
-            if given or slots != 8 or kv != "f16":
+            if given or slots != 8 or kv != "f16" or drain_seconds != _DRAIN_SECONDS:
                 raise PowerQuantConfigError(
-                    f"an option of the engine is of no use with url: {', '.join(given) or 'slots, kv'}"
+                    f"an option of the engine is of no use with url: {', '.join(given) or 'slots, kv, drain_seconds'}"
                 )
             self._run = self._connect(Address.parse(url), None if model is None else str(model), protocol)
             return
@@ -141,13 +150,13 @@ class SparseEngine:
             "threads": threads,
             "context": context,
             "chat_template": chat_template if named else None,
-            "drain_seconds": _DRAIN_SECONDS,
+            "drain_seconds": drain_seconds,
             **options,
         }
         self._arguments = ["--model", str(path.absolute()), "--host", HOST, "--port", "0", *_flags(flags)]
         # also called when the interpreter ends
         self._processes: list[EngineProcess] = []
-        self._finalizer = weakref.finalize(self, _stop, self._processes)
+        self._finalizer = weakref.finalize(self, _stop, self._processes, drain_seconds + _END_SECONDS)
         self._run = self._start()
 
     @property
@@ -197,9 +206,10 @@ class SparseEngine:
         return self._stream(Prompt.of(prompt), SamplingParams.of(sampling_params), delta)
 
     def close(self) -> None:
-        """Stop the engine; what it is working on may take some seconds to end, then it is cut off."""
-        with self._lock:
+        """Stop the engine, also one that is being started; what it is working on may take `drain_seconds` to end."""
+        with self._changed:
             self._closed = True
+            self._changed.notify_all()
             run = self._run
         if run is not None and run.process is not None:
             self._finalizer()
@@ -351,8 +361,12 @@ class SparseEngine:
         if self._api_key:
             # not among the arguments, which every user of the machine can read
             environment[_API_KEY_ENV] = self._api_key
-        process = EngineProcess(self._server, self._arguments, environment, self._start_timeout)
-        self._processes.append(process)
+        process = EngineProcess(self._server, self._arguments, environment)
+        with self._changed:
+            if self._closed:
+                raise PowerQuantEngineError(_CLOSED)
+            self._processes[:] = [*(one for one in self._processes if one.alive), process]
+        process.start(self._start_timeout)
         address = Address(HOST, process.port)
         http = Http(address, self._api_key, _FIRST_ANSWER_SECONDS)
         try:
@@ -365,21 +379,35 @@ class SparseEngine:
             raise PowerQuantEngineError(process.death_text() if died else f"the engine is not healthy: {error}") from error
 
     def _current(self) -> _Run:
-        """The live engine; starts it again if it died."""
-        with self._lock:
-            if self._closed:
-                raise PowerQuantEngineError("this SparseEngine is closed")
-            run = self._run
-            if run.process is None or run.process.alive:
-                return run
-            if os.getpid() != run.process.owner:
-                raise PowerQuantEngineError(
-                    "the engine belongs to the process that started it: make another SparseEngine here"
-                )
-            if run.restart and not run.answered:
-                raise PowerQuantEngineError(run.process.death_text("died again after it was restarted"))
+        """The live engine; starts it again if it died. Other threads wait for that."""
+        with self._changed:
+            while True:
+                if self._closed:
+                    raise PowerQuantEngineError(_CLOSED)
+                run = self._run
+                if run.process is None or run.process.alive:
+                    return run
+                if os.getpid() != run.process.owner:
+                    raise PowerQuantEngineError(
+                        "the engine belongs to the process that started it: make another SparseEngine here"
+                    )
+                if run.restart and not run.answered:
+                    raise PowerQuantEngineError(run.process.death_text("died again after it was restarted"))
+                if not self._restarting:
+                    break
+                self._changed.wait()
+            self._restarting = True
+        try:
             self._run = self._start(restart=True)
-            return self._run
+        except PowerQuantError as error:
+            if self._closed:
+                raise PowerQuantEngineError(_CLOSED) from error
+            raise
+        finally:
+            with self._changed:
+                self._restarting = False
+                self._changed.notify_all()
+        return self._run
 
     def _died(self, run: _Run) -> bool:
         return run.process is not None and run.process.wait(_DEATH_SECONDS)
@@ -412,9 +440,9 @@ class _Calls:
                 http.abort()
 
 
-def _stop(processes: list[EngineProcess]) -> None:
+def _stop(processes: list[EngineProcess], patience: float) -> None:
     for process in processes:
-        process.stop(_DRAIN_SECONDS + 5)
+        process.stop(patience)
 
 
 def _named(error: ServerError) -> Exception:

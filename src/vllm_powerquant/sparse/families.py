@@ -22,6 +22,7 @@ FAMILIES = {
     "BambooForCausalLM": "bamboo",
     "FalconForCausalLM": "falcon",
     "OPTForCausalLM": "opt",
+    "OPTModel": "opt",  # its output matrix is the embedding
 }
 ACTIVATIONS = {"relu": "relu", "silu": "silu", "swish": "silu", "gelu": "gelu"}
 
@@ -87,6 +88,11 @@ class Weight:
     def file_shape(self) -> tuple[int, ...]:
         """In the file, slowest dimension first."""
         return self.shape[::-1] if self.reorder is transpose else self.shape
+
+
+def planned_name(name: str) -> str:
+    """What `weights` calls a checkpoint's tensor: OPTModel saves decoder.* where OPTForCausalLM has model.decoder.*"""
+    return f"model.{name}" if name.startswith("decoder.") else name
 
 
 def transpose(weight: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -61,21 +60,43 @@ class EngineProcess:
     """One run of a server that prints `listening on http://HOST:PORT`.
 
     A thread reads its output and collects its exit status, so it never stays a zombie. It is killed when this process ends,
-    however that happens. Raises PowerQuantEngineError if it can't be started; PowerQuantConfigError where it refuses its
-    flags or the model file.
+    however that happens. Nothing runs before `start`, so that whoever is to stop it can be told of it before.
     """
 
-    def __init__(self, server: Path, arguments: list[str], environment: dict[str, str], start_timeout: float):
+    def __init__(self, server: Path, arguments: list[str], environment: dict[str, str]):
         self.lines: deque[str] = deque(maxlen=LOG_LINES_KEPT)
         self.port: int | None = None
         self.status: int | None = None
         self.owner = os.getpid()
         self._changed = threading.Condition()
-        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(server)]
-        self._process = _Spawner.get().run(
-            lambda: subprocess.Popen(
-                [*launcher, *arguments],
-                env=environment,
+        self._stopped = False
+        self._process: subprocess.Popen | None = None
+        self._command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(server), *arguments]
+        self._environment = environment
+
+    def start(self, timeout: float) -> None:
+        """Returns when it listens; `stop`, from any thread, ends the wait.
+
+        Raises: PowerQuantEngineError if it can't be started, does not listen in time or was stopped; PowerQuantConfigError
+                where it refuses its flags or the model file. It runs no more then, nor after Ctrl-C.
+        """
+        try:
+            _Spawner.get().run(self._spawn)
+            if self._process is None:
+                raise PowerQuantEngineError("the engine was stopped before it was started")
+            self._wait_until_listening(timeout)
+        except BaseException:
+            self.stop(0)
+            raise
+
+    def _spawn(self) -> None:
+        """On the spawner's thread, which no signal interrupts between the start of a process and its assignment here."""
+        with self._changed:
+            if self._stopped:
+                return
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -84,13 +105,7 @@ class EngineProcess:
                 # Ctrl-C is for this process, which then stops the engine
                 process_group=0,
             )
-        )
-        threading.Thread(target=self._watch, name="powerinfer-server output", daemon=True).start()
-        try:
-            self._wait_until_listening(start_timeout)
-        except BaseException:
-            self.stop(0)
-            raise
+            threading.Thread(target=self._watch, name="powerinfer-server output", daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -141,6 +156,10 @@ class EngineProcess:
         """Ask it to end, kill it after `patience` seconds, wait until it is gone. In a forked process: do nothing."""
         if os.getpid() != self.owner or not self.alive:
             return
+        with self._changed:
+            self._stopped = True
+            if self._process is None:
+                return
         if patience > 0:
             self._send(signal.SIGTERM)
             if self.wait(patience):
@@ -191,13 +210,3 @@ class _Spawner:
         if error is not None:
             raise PowerQuantEngineError(f"the engine could not be started: {error}") from error
         return value
-
-
-def wait_until(check: Callable[[], bool], timeout: float, interval: float = 0.02) -> bool:
-    """Whether `check` became true in time."""
-    end = time.monotonic() + timeout
-    while not check():
-        if time.monotonic() > end:
-            return False
-        time.sleep(interval)
-    return True

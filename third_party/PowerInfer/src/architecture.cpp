@@ -8,14 +8,10 @@ namespace powerinfer {
 
 namespace {
 
-// opt's table of positions has two rows in front that no position uses
-constexpr uint64_t kLearnedPositionsOffset = 2;
-
 Architecture known(const GgufFile& file) {
   Architecture a;
   a.name = file.get_string("general.architecture");
-  if (a.name == "llama") {
-  } else if (a.name == "bamboo") {
+  if (a.name == "bamboo") {
     a.relu_up = true;
   } else if (a.name == "falcon") {
     a.layer_norm = a.parallel = a.fused_qkv = true;
@@ -25,7 +21,7 @@ Architecture known(const GgufFile& file) {
     a.layer_norm = a.biases = a.learned_positions = true;
     a.gated = false;
     a.rope = Rope::kNone;
-  } else {
+  } else if (a.name != "llama") {  // llama's are the defaults
     throw model_error(file.name() + " is of architecture \"" + a.name + "\"; llama, bamboo, falcon and opt can be run");
   }
   return a;
@@ -41,14 +37,15 @@ Activation activation_of(const GgufFile& file, const Architecture& a, const std:
     }
   }
   if (!asked.empty()) name = asked;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "silu" && a.gated && !a.relu_up && !file.sparse()) return Activation::kSilu;
-  if (name == "gelu" && !a.gated && !file.sparse()) return Activation::kGelu;
-  const std::string text = "activation \"" + name + "\" is not possible for " + (file.sparse() ? "a sparse " : "") + a.name +
-                           " model; allowed: relu" +
-                           (file.sparse() ? ""
-                            : a.gated     ? (a.relu_up ? "" : ", silu")
-                                          : ", gelu");
+  std::vector<Activation> allowed = {Activation::kRelu};
+  if (!file.sparse() && !a.relu_up) allowed.push_back(a.gated ? Activation::kSilu : Activation::kGelu);
+  std::string choices;
+  for (const Activation activation : allowed) {
+    if (name == activation_name(activation)) return activation;
+    choices += (choices.empty() ? "" : " or ") + std::string(activation_name(activation));
+  }
+  const std::string text = "the activation of " + std::string(file.sparse() ? "sparse " : "") + a.name + " models must be " +
+                           choices + ", got \"" + name + "\"";
   throw asked.empty() ? model_error(file.name() + ": " + text) : Error(ErrorKind::kUsage, "--activation: " + text);
 }
 

@@ -12,6 +12,9 @@ namespace powerinfer {
 enum class Activation { kRelu, kSilu, kGelu };
 enum class Rope { kNone, kInterleaved, kNeox };  // pairs (2 i, 2 i + 1), or (i, i + half)
 
+// Rows in front of opt's table of positions that no position uses.
+constexpr int kLearnedPositionsOffset = 2;
+
 struct Architecture {
   std::string name;
   bool layer_norm = false;  // LayerNorm with bias instead of RMSNorm

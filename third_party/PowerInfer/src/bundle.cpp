@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "errors.h"
+#include "file_blocks.h"
 
 namespace powerinfer {
 
@@ -13,25 +14,25 @@ namespace {
 void pack_lanes(const uint8_t* row, int width, uint8_t* codes, uint8_t* scales) {
   const int blocks = width / kBlock;
   for (int b = 0; b < blocks; ++b) {
-    const uint8_t* block = row + b * 18;
+    const auto& block = block_at<BlockQ4_0>(row, b);
     const int group = b / 16, lanes = std::min(16, blocks - 16 * group);
     uint8_t* at = codes + group * 256 + b % 16 * 4;
     for (int c = 0; c < kBlock; ++c) {
       uint8_t& byte = at[c / 8 * 4 * lanes + c % 4];
-      byte = static_cast<uint8_t>(byte | q4_0_code(block, c) << (c / 4 % 2 * 4));
+      byte = static_cast<uint8_t>(byte | q4_code(block.codes, c) << (c / 4 % 2 * 4));
     }
-    std::memcpy(scales + 2 * b, block, 2);
+    std::memcpy(scales + 2 * b, block.scale, 2);
   }
 }
 
 // A Q4_0 row of the file to codes in columns and their scales.
 void pack_columns(const uint8_t* row, int width, uint8_t* codes, uint8_t* scales) {
   for (int c = 0; c < width; ++c) {
-    const uint8_t* block = row + c / kBlock * 18;
+    const auto& block = block_at<BlockQ4_0>(row, c / kBlock);
     const int within = c % 128, nibble = within / 32, half = within / 16 % 2, q = within % 16 / 4, p = within % 4;
     uint8_t& byte = codes[c / 128 * 64 + 2 * (8 * q + 4 * half + p) + nibble / 2];
-    byte = static_cast<uint8_t>(byte | q4_0_code(block, c % kBlock) << (nibble % 2 * 4));
-    if (c % kBlock == 0) std::memcpy(scales + c / kBlock * 2, block, 2);
+    byte = static_cast<uint8_t>(byte | q4_code(block.codes, c % kBlock) << (nibble % 2 * 4));
+    if (c % kBlock == 0) std::memcpy(scales + c / kBlock * 2, block.scale, 2);
   }
 }
 

@@ -98,7 +98,7 @@ ChatTemplate ChatTemplate::from_name(std::string_view name, const Tokenizer& tok
 std::string ChatTemplate::render(const std::vector<Message>& messages, bool add_generation_prompt) const {
   using jinja::Value;
   if (!template_) throw request_error(missing_);
-  jinja::List list;
+  jinja::Items list;
   for (const Message& message : messages) {
     list.push_back(Value::dict({{"role", Value::string(message.role)}, {"content", Value::string(message.content)}}));
   }

@@ -5,8 +5,8 @@
 #include <chrono>
 #include <cmath>
 #include <condition_variable>
-#include <deque>
 #include <limits>
+#include <list>
 #include <mutex>
 #include <thread>
 
@@ -76,6 +76,7 @@ struct Engine::State {
                                          " tokens) must be larger than the number of slots (" +
                                          std::to_string(model_.info().slots) + ")");
     }
+    steps.reserve(slots.size()), of_step.reserve(slots.size()), offsets.reserve(slots.size());
     thread = std::thread([this] { run(); });
   }
 
@@ -91,18 +92,20 @@ struct Engine::State {
   void check_prompt(const std::vector<int32_t>& tokens, int max_tokens) const;
   std::optional<uint64_t> submit(Generation generation);
   void cancel(uint64_t number);
+  void cancel_all();
+  void drop(const RequestPtr& request);
 
   void run();
   bool admit();
   void place(const RequestPtr& request);
   void pass();
-  void forward(const std::vector<Step>& steps, const std::vector<RequestPtr>& of_step);
+  void forward();
   void prompt_done(Request& request, const Step& step);
   void decode_done(Request& request, const float* logits);
   void score_prompt(Request& request, const Step& step);
-  void emit(Request& request, const Token& token);
-  void end(Request& request, Finish finish, const std::string& error = "");
-  void release(Request& request);
+  void emit(Request& request, const Token& token) noexcept;
+  void end(Request& request, Finish finish, const char* error = "") noexcept;
+  void release(Request& request) noexcept;
 
   Model& model;
   const std::function<bool(int32_t)> ends_generation;
@@ -111,8 +114,9 @@ struct Engine::State {
 
   mutable std::mutex mutex;
   std::condition_variable work, idle;
-  std::deque<RequestPtr> waiting;                     // in order of arrival
-  std::vector<RequestPtr> dropped;                    // cancelled while waiting; told so by the engine's thread
+  // A request's node is made once and moves from list to list, so that no allocation can fail where it would be lost.
+  std::list<RequestPtr> waiting;                      // in order of arrival
+  std::list<RequestPtr> dropped;                      // cancelled while waiting; told so by the engine's thread
   std::unordered_map<uint64_t, RequestPtr> requests;  // waiting and running
   EngineStats stats;
   uint64_t next_number = 1;
@@ -120,8 +124,12 @@ struct Engine::State {
 
   // the engine's thread only
   std::vector<Slot> slots;
-  std::vector<RequestPtr> running;  // in order of admission
+  std::list<RequestPtr> running;  // in order of admission
   std::vector<float> logits;
+  // of one pass, a place for each slot
+  std::vector<Step> steps;
+  std::vector<Request*> of_step;
+  std::vector<size_t> offsets;  // of the step's logits
   uint64_t passes = 0;
 
   std::thread thread;
@@ -160,12 +168,13 @@ std::optional<uint64_t> Engine::State::submit(Generation generation) {
   if (full()) return std::nullopt;
   const uint64_t number = next_number++;
   lock.unlock();
-  auto request = std::make_shared<Request>(number, std::move(generation), vocabulary);  // checks the sampling parameters
+  std::list<RequestPtr> node;
+  node.push_back(std::make_shared<Request>(number, std::move(generation), vocabulary));  // checks the sampling parameters
   lock.lock();
   if (draining || stopping) throw request_error("the engine is shutting down and takes no more requests");
   if (full()) return std::nullopt;  // others came meanwhile
-  requests.emplace(number, request);
-  waiting.push_back(std::move(request));
+  requests.emplace(number, node.front());
+  waiting.splice(waiting.end(), node);
   stats.waiting = static_cast<int>(waiting.size());
   ++stats.requests;
   lock.unlock();
@@ -178,15 +187,25 @@ void Engine::State::cancel(uint64_t number) {
     std::lock_guard lock(mutex);
     const auto found = requests.find(number);
     if (found == requests.end()) return;
-    found->second->cancelled = true;
-    const auto queued = std::find(waiting.begin(), waiting.end(), found->second);
-    if (queued != waiting.end()) {
-      dropped.push_back(*queued);
-      waiting.erase(queued);
-      stats.waiting = static_cast<int>(waiting.size());
-    }
+    drop(found->second);
   }
   work.notify_one();
+}
+
+void Engine::State::cancel_all() {
+  {
+    std::lock_guard lock(mutex);
+    for (const auto& [number, request] : requests) drop(request);
+  }
+  work.notify_one();
+}
+
+// Under the lock.
+void Engine::State::drop(const RequestPtr& request) {
+  request->cancelled = true;
+  const auto queued = std::find(waiting.begin(), waiting.end(), request);
+  if (queued != waiting.end()) dropped.splice(dropped.end(), waiting, queued);
+  stats.waiting = static_cast<int>(waiting.size());
 }
 
 void Engine::State::run() {
@@ -195,7 +214,7 @@ void Engine::State::run() {
 
 // Waits for something to do, ends cancelled requests and fills free slots; false at the end.
 bool Engine::State::admit() {
-  std::vector<RequestPtr> cancelled, admitted;
+  std::list<RequestPtr> cancelled, admitted;
   bool stop;
   {
     std::unique_lock lock(mutex);
@@ -203,21 +222,15 @@ bool Engine::State::admit() {
     work.wait(lock, [&] { return stopping || !running.empty() || !waiting.empty() || !dropped.empty(); });
     stop = stopping;
     cancelled.swap(dropped);
-    if (stop) {
-      cancelled.insert(cancelled.end(), running.begin(), running.end());
-      cancelled.insert(cancelled.end(), waiting.begin(), waiting.end());
-      waiting.clear();
+    for (auto request = running.begin(); request != running.end();) {
+      const auto next = std::next(request);
+      if (stop || (*request)->cancelled) cancelled.splice(cancelled.end(), running, request);
+      request = next;
     }
-    for (const auto& request : running) {
-      if (!stop && request->cancelled) cancelled.push_back(request);
-    }
+    if (stop) cancelled.splice(cancelled.end(), waiting);
     size_t free = static_cast<size_t>(
         std::count_if(slots.begin(), slots.end(), [](const Slot& s) { return !s.request || s.request->cancelled; }));
-    while (free > 0 && !waiting.empty()) {
-      admitted.push_back(std::move(waiting.front()));
-      waiting.pop_front();
-      --free;
-    }
+    for (; free > 0 && !waiting.empty(); --free) admitted.splice(admitted.end(), waiting, waiting.begin());
     stats.waiting = static_cast<int>(waiting.size());
   }
   // requests are marked as cancelled under the lock: each slot counted as free above is freed here
@@ -225,7 +238,10 @@ bool Engine::State::admit() {
     if (!request->ended) end(*request, Finish::kCancelled);
   }
   std::erase_if(running, [](const RequestPtr& request) { return request->ended; });
-  for (const auto& request : admitted) place(request);
+  while (!admitted.empty()) {
+    running.splice(running.end(), admitted, admitted.begin());
+    place(running.back());
+  }
   {
     std::lock_guard lock(mutex);
     stats.running = static_cast<int>(running.size());
@@ -249,7 +265,6 @@ void Engine::State::place(const RequestPtr& request) {
   slot.request = request;
   slot.used = passes;
   request->slot = best;
-  running.push_back(request);
   try {
     if (slot.tokens.size() > static_cast<size_t>(kept)) kept = model.truncate(best, kept);
     request->computed = kept;
@@ -270,9 +285,7 @@ void Engine::State::pass() {
   int room = options.batch - decodes;
   if (decodes > 0) room = std::min(room, std::max(options.prompt_beside, 1));
 
-  std::vector<Step> steps;
-  std::vector<RequestPtr> of_step;
-  std::vector<size_t> offsets;  // of the step's logits; none: the largest number
+  steps.clear(), of_step.clear(), offsets.clear();
   constexpr size_t kNone = std::numeric_limits<size_t>::max();
   const size_t row = static_cast<size_t>(vocabulary);
   size_t floats = 0;
@@ -304,16 +317,16 @@ void Engine::State::pass() {
     offsets.push_back(rows > 0 ? floats : kNone);
     floats += rows * row;
     steps.push_back(step);
-    of_step.push_back(request);
+    of_step.push_back(request.get());
   }
   if (steps.empty()) return;
   try {
     if (logits.size() < floats) logits.resize(floats);
     for (size_t i = 0; i < steps.size(); ++i) steps[i].logits = offsets[i] == kNone ? nullptr : logits.data() + offsets[i];
-    forward(steps, of_step);
+    forward();
   } catch (const std::exception& error) {
     // what the slots of this pass hold is not known any more
-    for (const auto& request : of_step) {
+    for (Request* request : of_step) {
       Slot& slot = slots[static_cast<size_t>(request->slot)];
       slot.tokens.clear();
       slot.prompt_tokens = 0;
@@ -326,7 +339,7 @@ void Engine::State::pass() {
   }
 }
 
-void Engine::State::forward(const std::vector<Step>& steps, const std::vector<RequestPtr>& of_step) {
+void Engine::State::forward() {
   const auto start = Clock::now();
   model.forward(steps);
   const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
@@ -412,27 +425,32 @@ void Engine::State::decode_done(Request& request, const float* row) {
   emit(request, token);
 }
 
-void Engine::State::emit(Request& request, const Token& token) {
+void Engine::State::emit(Request& request, const Token& token) noexcept {
   bool more = false;
   if (request.generation.on_token) {
     // a callback that throws ends its request, without another call
     try {
       more = request.generation.on_token(token);
-    } catch (const std::exception&) {
+    } catch (...) {
     }
   }
   if (token.finish != Finish::kNone || !more) release(request);
 }
 
-void Engine::State::end(Request& request, Finish finish, const std::string& error) {
+// Where nothing is left to copy the reason with, the client gets another one.
+void Engine::State::end(Request& request, Finish finish, const char* error) noexcept {
   if (request.ended) return;
   Token last;
   last.finish = finish;
-  last.error = error;
+  try {
+    last.error = error;
+  } catch (const std::bad_alloc&) {
+    last.error = "out of memory";  // short enough to lie in the string itself
+  }
   emit(request, last);
 }
 
-void Engine::State::release(Request& request) {
+void Engine::State::release(Request& request) noexcept {
   if (request.ended) return;
   request.ended = true;
   if (request.slot >= 0) slots[static_cast<size_t>(request.slot)].request.reset();
@@ -459,14 +477,7 @@ bool Engine::drain(std::chrono::seconds limit) {
   return state_->idle.wait_for(lock, limit, [&] { return state_->requests.empty(); });
 }
 
-void Engine::cancel_all() {
-  std::vector<uint64_t> numbers;
-  {
-    std::lock_guard lock(state_->mutex);
-    for (const auto& [number, request] : state_->requests) numbers.push_back(number);
-  }
-  for (const uint64_t number : numbers) state_->cancel(number);
-}
+void Engine::cancel_all() { state_->cancel_all(); }
 
 EngineStats Engine::stats() const {
   std::lock_guard lock(state_->mutex);

@@ -81,7 +81,7 @@ bool parse_flags(int argc, char** argv, Options& options) {
   flags.add("--kv", "f16|packed", "keys and values in 16 bits, or keys in 4 and values in 2 bits (f16)", &kv);
   flags.add("--dense", "compute every neuron, also where a file has predictors", &dense);
   flags.add("--prompt-ffn", "dense|sparse", "neurons of prompt tokens: all, or those predicted (dense)", &prompt_ffn);
-  flags.add("--activation", "relu|silu", "in place of the file's activation", &options.model.activation);
+  flags.add("--activation", "relu|silu|gelu", "in place of the file's activation", &options.model.activation);
   flags.add("--isa", "NAME", "instruction set: plain, avx2 or avx512 (the best one here)", &options.model.isa);
   flags.add("--queue", "N", "sequences that may wait (128); further requests get status 429", &options.engine.queue);
   flags.add("--max-request-bytes", "N", "largest request body (4194304); larger ones get status 413", &max_request_bytes);
@@ -116,7 +116,6 @@ bool parse_flags(int argc, char** argv, Options& options) {
   if (!isa.empty() && isa != "plain" && isa != "avx2" && isa != "avx512") {
     throw usage_error("--isa must be plain, avx2 or avx512, got \"" + isa + "\"");
   }
-  if (!options.model.activation.empty()) second("--activation", options.model.activation, "relu", "silu");
   options.engine.batch = options.model.batch;
   options.server.max_request_bytes = static_cast<size_t>(max_request_bytes);
   options.server.queue = options.engine.queue;

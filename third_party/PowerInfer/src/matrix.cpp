@@ -4,11 +4,20 @@
 #include <cstring>
 
 #include "errors.h"
+#include "file_blocks.h"
 #include "half.h"
 
 namespace powerinfer {
 
 namespace {
+
+// Bytes that a block of 32 columns takes in a part of a group of 16 rows.
+constexpr size_t kNibbles = kGroupRows * kBlock / 2;
+constexpr size_t kHighBits = kGroupRows * kBlock / 4;
+constexpr size_t kCodes = kGroupRows * kBlock;
+constexpr size_t kHalves = kGroupRows * 2;     // an fp16 number of each row
+constexpr size_t kSubScales = kGroupRows * 2;  // two int8 of each row
+constexpr int kSuper = BlockQ6_K::kElements / kBlock;
 
 // Where a group's parts begin, in bytes.
 struct Group {
@@ -16,17 +25,17 @@ struct Group {
     const size_t blocks = static_cast<size_t>(columns) / kBlock;
     switch (type) {
       case TensorType::kQ4_0:
-        scales = blocks * 256, bytes = scales + blocks * 32;
+        scales = blocks * kNibbles, bytes = scales + blocks * kHalves;
         break;
       case TensorType::kQ4_1:
-        scales = blocks * 256, bytes = scales + blocks * 64;
+        scales = blocks * kNibbles, bytes = scales + 2 * blocks * kHalves;
         break;
       case TensorType::kQ8_0:
-        scales = blocks * 512, bytes = scales + blocks * 32;
+        scales = blocks * kCodes, bytes = scales + blocks * kHalves;
         break;
       case TensorType::kQ6_K:
-        high = blocks * 256, sub_scales = high + blocks * 128, scales = sub_scales + blocks * 32;
-        bytes = scales + blocks / 8 * 32;
+        high = blocks * kNibbles, sub_scales = high + blocks * kHighBits, scales = sub_scales + blocks * kSubScales;
+        bytes = scales + blocks / kSuper * kHalves;
         break;
       default:
         break;
@@ -36,51 +45,46 @@ struct Group {
   size_t high = 0, sub_scales = 0, scales = 0, bytes = 0;
 };
 
-void copy_bytes(uint8_t* to, const uint8_t* from, size_t bytes) { std::memcpy(to, from, bytes); }
-
-// Element e of a Q6_K super-block of 210 bytes: 128 low nibbles' bytes, 64 of high bits, 16 scales, an fp16 scale.
-int q6_k_code(const uint8_t* block, int e) {
-  const int half = e / 128, within = e % 128, quarter = within / 32, l = within % 32;
-  const uint8_t low = block[64 * half + l + 32 * (quarter % 2)];
-  const uint8_t high = block[128 + 32 * half + l];
-  return (quarter < 2 ? low & 15 : low >> 4) | (high >> 2 * quarter & 3) << 4;
-}
-
 // Puts one row of the file into lane `lane` of a group.
 void pack_row(TensorType type, const Group& group, int columns, const uint8_t* row, int lane, uint8_t* out) {
   const int blocks = columns / kBlock;
   const auto nibbles = [&](int block, auto code) {
     for (int c = 0; c < kBlock; ++c) {
-      uint8_t& byte = out[block * 256 + c / 8 * 64 + lane * 4 + c % 4];
+      uint8_t& byte = out[block * kNibbles + c / 8 * 64 + lane * 4 + c % 4];
       byte = static_cast<uint8_t>(byte | (code(c) & 15) << (c / 4 % 2 * 4));
     }
   };
+  const auto scale = [&](size_t part, int block, const uint8_t(&half)[2]) {
+    std::memcpy(out + part + block * kHalves + lane * 2, half, 2);
+  };
   for (int b = 0; b < blocks; ++b) {
     if (type == TensorType::kQ4_0) {
-      const uint8_t* block = row + b * 18;
-      nibbles(b, [&](int c) { return q4_0_code(block, c); });
-      copy_bytes(out + group.scales + (b * 16 + lane) * 2, block, 2);
+      const auto& block = block_at<BlockQ4_0>(row, b);
+      nibbles(b, [&](int c) { return q4_code(block.codes, c); });
+      scale(group.scales, b, block.scale);
     } else if (type == TensorType::kQ4_1) {
-      const uint8_t* block = row + b * 20;
-      nibbles(b, [&](int c) { return q4_0_code(block + 2, c); });
-      copy_bytes(out + group.scales + (b * 16 + lane) * 2, block, 2);
-      copy_bytes(out + group.scales + ((blocks + b) * 16 + lane) * 2, block + 2, 2);
+      const auto& block = block_at<BlockQ4_1>(row, b);
+      nibbles(b, [&](int c) { return q4_code(block.codes, c); });
+      scale(group.scales, b, block.scale);
+      scale(group.scales, blocks + b, block.minimum);
     } else if (type == TensorType::kQ8_0) {
-      const uint8_t* block = row + b * 34;
-      for (int c = 0; c < kBlock; c += 4) copy_bytes(out + b * 512 + c / 4 * 64 + lane * 4, block + 2 + c, 4);
-      copy_bytes(out + group.scales + (b * 16 + lane) * 2, block, 2);
+      const auto& block = block_at<BlockQ8_0>(row, b);
+      for (int c = 0; c < kBlock; c += 4) std::memcpy(out + b * kCodes + c / 4 * 64 + lane * 4, block.codes + c, 4);
+      scale(group.scales, b, block.scale);
     } else {
-      const uint8_t* block = row + b / 8 * 210;
-      const int first = b % 8 * kBlock;
+      const auto& block = block_at<BlockQ6_K>(row, b / kSuper);
+      const int first = b % kSuper * kBlock;
       nibbles(b, [&](int c) { return q6_k_code(block, first + c); });
       for (int c = 0; c < kBlock; ++c) {
         const int plane = c / 4;
-        uint8_t& byte = out[group.high + b * 128 + plane / 4 * 64 + lane * 4 + c % 4];
+        uint8_t& byte = out[group.high + b * kHighBits + plane / 4 * 64 + lane * 4 + c % 4];
         byte = static_cast<uint8_t>(byte | (q6_k_code(block, first + c) >> 4) << plane % 4 * 2);
       }
-      for (int half = 0; half < 2; ++half)
-        out[group.sub_scales + b * 32 + half * 16 + lane] = block[192 + first / 16 + half];
-      if (b % 8 == 0) copy_bytes(out + group.scales + (b / 8 * 16 + lane) * 2, block + 208, 2);
+      for (int half = 0; half < 2; ++half) {
+        out[group.sub_scales + b * kSubScales + half * kGroupRows + lane] =
+            static_cast<uint8_t>(block.scales[first / 16 + half]);
+      }
+      if (first == 0) scale(group.scales, b / kSuper, block.scale);
     }
   }
 }
@@ -160,21 +164,21 @@ void dequantize_row(const Matrix& matrix, int row, float* out) {
   const int lane = row % kGroupRows, blocks = matrix.columns / kBlock;
   for (int c = 0; c < matrix.columns; ++c) {
     const int b = c / kBlock, within = c % kBlock;
-    const uint8_t byte = at[b * 256 + within / 8 * 64 + lane * 4 + within % 4];
+    const uint8_t byte = at[b * kNibbles + within / 8 * 64 + lane * 4 + within % 4];
     const int nibble = within / 4 % 2 ? byte >> 4 : byte & 15;
-    const float scale = half_at(at + group.scales + (b * 16 + lane) * 2);
+    const float scale = half_at(at + group.scales + b * kHalves + lane * 2);
     if (matrix.type == TensorType::kQ4_0) {
       out[c] = static_cast<float>(nibble - 8) * scale;
     } else if (matrix.type == TensorType::kQ4_1) {
-      out[c] = static_cast<float>(nibble) * scale + half_at(at + group.scales + ((blocks + b) * 16 + lane) * 2);
+      out[c] = static_cast<float>(nibble) * scale + half_at(at + group.scales + (blocks + b) * kHalves + lane * 2);
     } else if (matrix.type == TensorType::kQ8_0) {
-      out[c] = static_cast<float>(static_cast<int8_t>(at[b * 512 + within / 4 * 64 + lane * 4 + within % 4])) * scale;
+      out[c] = static_cast<float>(static_cast<int8_t>(at[b * kCodes + within / 4 * 64 + lane * 4 + within % 4])) * scale;
     } else {
       const int plane = within / 4;
-      const uint8_t high = at[group.high + b * 128 + plane / 4 * 64 + lane * 4 + within % 4];
+      const uint8_t high = at[group.high + b * kHighBits + plane / 4 * 64 + lane * 4 + within % 4];
       const int code = nibble | (high >> plane % 4 * 2 & 3) << 4;
-      const auto sub = static_cast<int8_t>(at[group.sub_scales + b * 32 + within / 16 * 16 + lane]);
-      out[c] = static_cast<float>((code - 32) * sub) * half_at(at + group.scales + (b / 8 * 16 + lane) * 2);
+      const auto sub = static_cast<int8_t>(at[group.sub_scales + b * kSubScales + within / 16 * kGroupRows + lane]);
+      out[c] = static_cast<float>((code - 32) * sub) * half_at(at + group.scales + b / kSuper * kHalves + lane * 2);
     }
   }
 }

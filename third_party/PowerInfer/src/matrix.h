@@ -39,10 +39,4 @@ void dequantize_row(const Matrix& matrix, int row, float* out);
 void multiply(const Kernels& kernels, const Matrix& matrix, int first, int count, const float* x,
               const ActivationLayout& layout, const uint8_t* activations, int n, float* y, size_t y_stride);
 
-// One element of a Q4_0 block in a file: 18 bytes, an fp16 scale and the codes 0 .. 15 of 32 elements.
-inline int q4_0_code(const uint8_t* block, int element) {
-  const uint8_t both = block[2 + element % 16];
-  return element < 16 ? both & 15 : both >> 4;
-}
-
 }  // namespace powerinfer

@@ -404,9 +404,8 @@ void TransformerModel::embed(int n) {
     float* x = x_.data() + static_cast<size_t>(t) * a_.width;
     dequantize_row(embedding_, entries_[t].token, x);
     if (a_.learned_positions) {
-      constexpr int kOffset = 2;  // rows of opt's table that no position uses
       float* position = normed_.data() + static_cast<size_t>(t) * a_.width;
-      dequantize_row(positions_, entries_[t].position + kOffset, position);
+      dequantize_row(positions_, entries_[t].position + kLearnedPositionsOffset, position);
       kernels_.add(x, position, a_.width);
     }
   });

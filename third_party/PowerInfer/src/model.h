@@ -21,14 +21,14 @@ struct ModelOptions {
   KvType kv = KvType::kF16;
   FfnMode decode_ffn = FfnMode::kSparse;
   FfnMode prompt_ffn = FfnMode::kDense;  // dense: every neuron, the activation applied
-  std::string activation;                // "relu" or "silu" in place of the file's; "" as the file says
+  std::string activation;                // "relu", "silu" or "gelu" in place of the file's; "" as the file says
   std::string isa;                       // "plain", "avx2", "avx512": instruction set; "" the best one here
 };
 
 struct ModelInfo {
   std::string name;          // general.name or the file's name
   std::string architecture;  // llama, bamboo, falcon, opt
-  std::string activation;    // relu, silu
+  std::string activation;    // relu, silu or gelu
   std::string isa;
   bool sparse = false;  // has predictors (PWRI)
   int layers = 0, width = 0, heads = 0, kv_heads = 0, head_size = 0, ffn = 0, vocabulary = 0;

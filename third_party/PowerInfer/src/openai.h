@@ -88,7 +88,7 @@ class ResponseWriter {
  public:
   ResponseWriter(const ApiRequest& request, const Tokenizer& tokenizer, std::string model, std::string id, int64_t created);
 
-  // The prompts' tokens, in their order; shown where the request asks for ids.
+  // The prompts' tokens, in their order: shown where the request asks for ids, found in the text where it asks for an echo.
   void set_prompts(std::vector<std::vector<int32_t>> prompts) { prompts_ = std::move(prompts); }
 
   // Chunks of a stream, without "data: ".
@@ -102,11 +102,12 @@ class ResponseWriter {
   const Tokenizer& tokenizer_;
   const std::string model_, id_;
   const int64_t created_;
-  const bool chat_, include_usage_, logprobs_, token_ids_, tokens_as_ids_;
+  const bool chat_, echo_, include_usage_, logprobs_, token_ids_, tokens_as_ids_, skip_special_;
   const size_t n_;
   std::vector<std::vector<int32_t>> prompts_;
   std::vector<bool> prompt_shown_;  // by choice, in a stream
   std::vector<size_t> offsets_;     // characters of each choice's tokens so far
+  std::vector<bool> placed_;        // by choice: its first tokens have their offsets
 
   struct Json;  // keeps the JSON library out of this header
   friend struct Json;

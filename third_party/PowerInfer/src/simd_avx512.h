@@ -64,7 +64,13 @@ inline Ints load_ints(const void* p, int n) { return _mm512_maskz_loadu_epi32(la
 inline void store_ints(void* p, Ints a) { _mm512_storeu_si512(p, a); }
 inline Ints load_int8(const int8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline void store_int8(int8_t* p, Ints a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
-inline int32_t sum_ints(Ints a) { return _mm512_reduce_add_epi32(a); }
+// GCC's _mm512_reduce_add_epi32 adds signed numbers, which must not wrap
+inline int32_t sum_ints(Ints a) {
+  const __m256i b = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+  const __m128i c = _mm_add_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+  const __m128i d = _mm_add_epi32(c, _mm_unpackhi_epi64(c, c));
+  return _mm_cvtsi128_si32(_mm_add_epi32(d, _mm_shuffle_epi32(d, 1)));
+}
 inline Ints and_ints(Ints a, Ints b) { return _mm512_and_si512(a, b); }
 inline Ints or_ints(Ints a, Ints b) { return _mm512_or_si512(a, b); }
 inline Ints xor_ints(Ints a, Ints b) { return _mm512_xor_si512(a, b); }

@@ -1,5 +1,7 @@
 #include <doctest/doctest.h>
 
+#include <chrono>
+
 #include "chat.h"
 #include "errors.h"
 #include "toy_model.h"
@@ -57,6 +59,8 @@ TEST_CASE("expressions") {
   CHECK(rendered("{{ (1 < 2 < 3) and not (2 == 3) or false }}") == "True");
   CHECK(rendered("{{ ' a '.strip() + ' b ' | trim + 'c' }}") == "abc");
   CHECK(rendered("{{ '\u3000\u00a0x\u2003' | trim }}") == "x");
+  CHECK(rendered("{{ '<\u20ac<<x>\u20ac>'.strip('<\u20ac>') }}{{ '--y--'.rstrip('-') }}{{ '--z-' | trim('-') }}") ==
+        "x--yz");
   CHECK(rendered("{{ 'a,b'.split(',')[1] }}{{ 'user'.title() }}{{ 'x' | upper }}{{ missing | default('d') }}") == "bUserXd");
   CHECK(rendered("{{ 'l1\\nl2\\t\\u20ac' }}") == "l1\nl2\t\u20ac");
   CHECK(rendered("{{ {'a': 1}.get('a') }}{{ {'a': 1}['b'] | default('-') }}") == "1-");
@@ -107,4 +111,40 @@ TEST_CASE("no template exhausts the stack, the time or the memory") {
         std::string("{% for a in range(99999999999) %}{% endfor %}")}) {
     CHECK_THROWS_AS(rendered(source), Error);
   }
+}
+
+TEST_CASE("the messages are not copied: their number, parts and order are cheap to ask for") {
+  const std::vector<Message> messages(100'000, {"user", std::string(200, 'x')});
+  const auto start = std::chrono::steady_clock::now();
+  const std::string text = rendered(
+      "{% for m in messages %}{% if (messages | length) == 100000 and messages[1:] | length == 99999 and "
+      "(messages | reverse | first).content == m.content and messages[::-1][0].role in messages[2:][-1].role %}."
+      "{% endif %}{% endfor %}",
+      messages);
+  CHECK(text == std::string(100'000, '.'));
+  CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(60));  // quadratic: many minutes
+}
+
+TEST_CASE("slices of slices and of lists that go backwards") {
+  CHECK(rendered("{{ (range(10) | list)[2:8][1:4] | join(',') }}") == "3,4,5");
+  CHECK(rendered("{{ range(10)[::-1][::3] | join(',') }}") == "9,6,3,0");
+  CHECK(rendered("{{ range(10)[8:2:-2][::-1] | join(',') }}") == "4,6,8");
+  CHECK(rendered("{{ range(10)[::-3] | reverse | join(',') }}") == "0,3,6,9");
+  CHECK(rendered("{{ range(3)[5:] | length }}{{ range(3)[2:1] | length }}{{ range(3)[-9:9] | join }}") == "00012");
+  CHECK(rendered("{{ 'h\u00e9llo'[::-2] }}{{ range(4)[1:] + range(9)[:2] == [1, 2, 3, 0, 1] }}") == "olhTrue");
+}
+
+TEST_CASE("nothing in a template exhausts the stack or overflows a number") {
+  const auto refused = [](const std::string& source) {
+    CHECK_THROWS_WITH_AS(rendered(source), doctest::Contains("is not rendered here"), Error);
+  };
+  refused("{% set n = namespace(x=[]) %}{% for i in range(90000) %}{% set n.x = [n.x] %}{% endfor %}");
+  refused("{% set n = namespace(x={}) %}{% for i in range(90000) %}{% set n.x = {'a': n.x} %}{% endfor %}");
+  CHECK(rendered("{% set n = namespace(x=1) %}{% set m = namespace(n=n) %}{% set n.x = [m, n] %}{{ n.x | length }}") == "2");
+  const std::string most = "999999999 * 999999999 * 9";  // 8999999982000000009
+  refused("{{ -(-" + most + " - " + most + ") }}");
+  refused("{% set low = -" + most + " - 223372054854775799 %}{{ -low }}");
+  CHECK(rendered("{% set low = -" + most + " - 223372054854775799 %}{{ range(9)[:: low] | join }}{{ low }}") ==
+        "8-9223372036854775808");
+  CHECK(rendered("{{ range(" + most + " + 223372054854775700, " + most + " + 223372054854775797, 90) | length }}") == "2");
 }

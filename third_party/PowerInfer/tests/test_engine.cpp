@@ -8,6 +8,7 @@
 #include <set>
 #include <thread>
 
+#include "allocations.h"
 #include "engine.h"
 #include "errors.h"
 #include "sampler.h"
@@ -394,6 +395,55 @@ TEST_CASE("the end of the engine cancels what runs and waits") {
   }
   CHECK(running.wait().finish() == Finish::kCancelled);
   CHECK(waiting.wait().finish() == Finish::kCancelled);
+}
+
+TEST_CASE("a request is told its end where there is no memory left to tell the reason") {
+  ToyModel model(kVocabulary, 100, 2, 8);
+  model.on_forward = [](const auto&) {
+    const std::runtime_error error(std::string(200, 'x'));
+    testing::fail_allocations(0, 1'000'000);
+    throw error;
+  };
+  Engine engine(model, no_end, options(8));
+  Generation generation = greedy({1, 2}, 3);
+  std::atomic<bool> ended = false;
+  Token last;
+  generation.on_token = [&](const Token& token) {
+    testing::fail_allocations(0, 0);
+    last = token;
+    ended = true;
+    return true;
+  };
+  REQUIRE(engine.submit(std::move(generation)));
+  CHECK(engine.drain(std::chrono::seconds(60)));
+  REQUIRE(ended);
+  CHECK(last.finish == Finish::kError);
+  CHECK(last.error == "out of memory");
+}
+
+TEST_CASE("whichever allocation of the engine's thread fails, each request is told one end and the engine goes on") {
+  for (const int count : {1, 1'000'000}) {
+    for (int after = 0; after < 60; ++after) {
+      CAPTURE(after);
+      ToyModel model(kVocabulary, 100, 2, 8);
+      model.on_forward = [&, first = true](const auto&) mutable {
+        if (std::exchange(first, false)) testing::fail_allocations(after, count);
+      };
+      Engine engine(model, no_end, options(8));
+      std::atomic<int> ends[4] = {};
+      for (auto& end : ends) {
+        Generation generation = greedy({1, 2, 3, 4, 5, 6, 7, 8, 9}, 3);
+        generation.sampling.logprobs = 2;
+        generation.on_token = [&](const Token& token) {
+          if (token.finish != Finish::kNone) ++end;
+          return true;
+        };
+        REQUIRE(engine.submit(std::move(generation)));
+      }
+      CHECK(engine.drain(std::chrono::seconds(60)));
+      for (const auto& end : ends) CHECK(end == 1);
+    }
+  }
 }
 
 TEST_CASE("draining takes no more requests and waits for those under way, for a time") {
