@@ -12,8 +12,10 @@ constexpr int kPanelRows = 128;    // neurons whose down rows are expanded at a 
 constexpr int kListChunk = 32;     // active neurons of one piece of work for one token
 constexpr int kRangeNeurons = 64;  // neurons of one piece of work for several tokens
 
+// Into the second-level cache: the first has no room for all that is asked for here.
 void ask_for(const uint8_t* at, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+  constexpr int kRead = 0, kSecondLevel = 2;
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, kRead, kSecondLevel);
 }
 
 void add_bias(float* x, const float* bias, int n) {

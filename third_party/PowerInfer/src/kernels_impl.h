@@ -33,10 +33,10 @@ constexpr size_t kBytesAhead = 4096;
 
 // Products of rows with tokens: R rows x T tokens at a time, one vector of sums for each
 
-// `ahead`: the rows lie side by side and what follows them is asked for
-template <typename Element, int R, int T>
+// The rows lie side by side; of as many that follow, `Ahead` from the one after `skip` on are asked for meanwhile.
+template <typename Element, int R, int T, int Ahead>
 inline void rows_tile(const uint8_t* const* rows, int k, const float* x, size_t x_stride, float* y, size_t y_stride,
-                      bool ahead = false) {
+                      int skip = 0) {
   Floats acc[R][T];
   POWERINFER_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -56,12 +56,11 @@ inline void rows_tile(const uint8_t* const* rows, int k, const float* x, size_t 
   };
   constexpr int kLine = 64 / Element::kBytes;
   int i = 0;
-  const size_t distance = ahead ? static_cast<size_t>(rows[R - 1] - rows[0]) + static_cast<size_t>(k) * Element::kBytes : 0;
+  const size_t row_bytes = static_cast<size_t>(k) * Element::kBytes;
+  const uint8_t* next = rows[R - 1] + (1 + skip) * row_bytes;
   for (; i + kLine <= k; i += kLine) {
-    if (ahead) {
-      POWERINFER_UNROLL
-      for (int r = 0; r < R; ++r) prefetch(rows[r] + distance + static_cast<size_t>(i) * Element::kBytes);
-    }
+    POWERINFER_UNROLL
+    for (int r = 0; r < Ahead; ++r) prefetch_far(next + r * row_bytes + static_cast<size_t>(i) * Element::kBytes);
     POWERINFER_UNROLL
     for (int j = 0; j < kLine; j += 16) step(i + j);
   }
@@ -90,7 +89,7 @@ inline void quad(const uint8_t* const* rows, int count, const uint8_t* const* ah
   const size_t bytes = static_cast<size_t>(k) * Element::kBytes;
   if (count < kQuad) {
     for (int r = 0; r < ahead_count; ++r) prefetch_range(ahead[r], bytes);
-    for (int r = 0; r < count; ++r) rows_tile<Element, 1, 1>(rows + r, k, x, 0, y + r, 0);
+    for (int r = 0; r < count; ++r) rows_tile<Element, 1, 1, 0>(rows + r, k, x, 0, y + r, 0);
     return;
   }
   // one line of each row ahead for each line that is read
@@ -153,35 +152,36 @@ inline void row_stream(const uint8_t* row, int k, const float* x, size_t x_strid
   for (int t = 0; t < T; ++t) y[t * y_stride] = sum(acc[t]);
 }
 
-template <typename Element, int R, int T>
+template <typename Element, int R, int T, int Ahead>
 inline void rows_block(const uint8_t* data, size_t row_bytes, int k, const float* x, size_t x_stride, float* y,
-                       size_t y_stride, bool ahead) {
+                       size_t y_stride, int skip = 0) {
   const uint8_t* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = data + r * row_bytes;
-  rows_tile<Element, R, T>(rows, k, x, x_stride, y, y_stride, ahead);
+  rows_tile<Element, R, T, Ahead>(rows, k, x, x_stride, y, y_stride, skip);
 }
 
 // Four rows at a time, with up to 6 tokens and then with `Rest`, for which they are in the cache: more sums than registers
-// would be slow.
-template <typename Element, int T, int Rest>
-void rows_of_tokens(const uint8_t* data, size_t row_bytes, int rows, int k, const float* x, size_t x_stride, bool few,
-                    float* y, size_t y_stride) {
+// would be slow. Few tokens wait for memory, which is asked for ahead; the tiles of many find it in the cache.
+template <typename Element, int T, int Rest, bool Few>
+void rows_of_tokens(const uint8_t* data, size_t row_bytes, int rows, int k, const float* x, size_t x_stride, float* y,
+                    size_t y_stride) {
   if constexpr (T <= 2) {
     for (int r = 0; r < rows; ++r) row_stream<Element, T>(data + r * row_bytes, k, x, x_stride, y + r, y_stride);
   } else {
-    const float* rest = x + T * x_stride;
+    const float* x_rest = x + T * x_stride;
+    float* y_rest = y + T * y_stride;
+    constexpr int kAhead = !Few ? 0 : Rest > 0 ? 2 : 4;
     int r = 0;
     for (; r + 4 <= rows; r += 4) {
-      rows_block<Element, 4, T>(data + r * row_bytes, row_bytes, k, x, x_stride, y + r, y_stride, few);
+      const uint8_t* at = data + r * row_bytes;
+      rows_block<Element, 4, T, kAhead>(at, row_bytes, k, x, x_stride, y + r, y_stride);
       if constexpr (Rest > 0)
-        rows_block<Element, 4, Rest>(data + r * row_bytes, row_bytes, k, rest, x_stride, y + T * y_stride + r, y_stride,
-                                     false);
+        rows_block<Element, 4, Rest, kAhead>(at, row_bytes, k, x_rest, x_stride, y_rest + r, y_stride, kAhead);
     }
     for (; r < rows; ++r) {
-      rows_block<Element, 1, T>(data + r * row_bytes, row_bytes, k, x, x_stride, y + r, y_stride, false);
-      if constexpr (Rest > 0)
-        rows_block<Element, 1, Rest>(data + r * row_bytes, row_bytes, k, rest, x_stride, y + T * y_stride + r, y_stride,
-                                     false);
+      const uint8_t* at = data + r * row_bytes;
+      rows_block<Element, 1, T, 0>(at, row_bytes, k, x, x_stride, y + r, y_stride);
+      if constexpr (Rest > 0) rows_block<Element, 1, Rest, 0>(at, row_bytes, k, x_rest, x_stride, y_rest + r, y_stride);
     }
   }
 }
@@ -189,32 +189,30 @@ void rows_of_tokens(const uint8_t* data, size_t row_bytes, int rows, int k, cons
 template <typename Element>
 void rows_kernel(const uint8_t* data, size_t row_bytes, int rows, int k, const float* x, size_t x_stride, int n, float* y,
                  size_t y_stride) {
-  // few tokens wait for memory, which is asked for ahead; the tiles of many find it in the cache
-  const bool few = n <= 8;
-  const auto tile = [&]<int T, int Rest>(int t) {
-    rows_of_tokens<Element, T, Rest>(data, row_bytes, rows, k, x + t * x_stride, x_stride, few, y + t * y_stride, y_stride);
+  const auto tile = [&]<int T, int Rest, bool Few>(int t) {
+    rows_of_tokens<Element, T, Rest, Few>(data, row_bytes, rows, k, x + t * x_stride, x_stride, y + t * y_stride, y_stride);
   };
   int t = 0;
-  if (!few) {
-    for (; t + 6 <= n; t += 6) tile.template operator()<6, 0>(t);
+  if (n > 8) {
+    for (; t + 6 <= n; t += 6) tile.template operator()<6, 0, false>(t);
   }
   switch (n - t) {
     case 1:
-      return tile.template operator()<1, 0>(t);
+      return tile.template operator()<1, 0, true>(t);
     case 2:
-      return tile.template operator()<2, 0>(t);
+      return tile.template operator()<2, 0, true>(t);
     case 3:
-      return tile.template operator()<3, 0>(t);
+      return tile.template operator()<3, 0, true>(t);
     case 4:
-      return tile.template operator()<4, 0>(t);
+      return tile.template operator()<4, 0, true>(t);
     case 5:
-      return tile.template operator()<5, 0>(t);
+      return tile.template operator()<5, 0, true>(t);
     case 6:
-      return tile.template operator()<6, 0>(t);
+      return tile.template operator()<6, 0, true>(t);
     case 7:
-      return tile.template operator()<4, 3>(t);
+      return tile.template operator()<4, 3, true>(t);
     case 8:
-      return tile.template operator()<4, 4>(t);
+      return tile.template operator()<4, 4, true>(t);
     default:
       return;
   }
