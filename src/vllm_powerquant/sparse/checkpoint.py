@@ -42,12 +42,14 @@ class Checkpoint:
                 f"{folder} has no *.safetensors; weights in pytorch_model.bin must be saved as safetensors first"
             )
         self._files: dict[str, Any] = {}
+        self.shards: dict[str, list[str]] = {}  # tensors by file
         for name in names:
             try:
                 file = safe_open(folder / name, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise PowerQuantConfigError(f"{folder / name} can't be read: {error}") from error
-            self._files |= dict.fromkeys(file.keys(), file)
+            self.shards[name] = list(file.keys())
+            self._files |= dict.fromkeys(self.shards[name], file)
 
     def check(self, planned: list[Weight]) -> None:
         """Every tensor is there with its shape, and none is left over."""
@@ -78,6 +80,14 @@ class Checkpoint:
         except SafetensorError as error:
             raise PowerQuantConfigError(f"{self.folder}: {weight.source} can't be read: {error}") from error
         return weight.reorder(tensor) if weight.reorder else tensor
+
+    def load_shard(self, name: str) -> dict[str, torch.Tensor]:
+        """All tensors of a file, as they are."""
+        return {tensor: self._files[tensor].get_tensor(tensor) for tensor in self.shards[name]}
+
+    def part(self, weight: Weight, rows: int) -> torch.Tensor:
+        """The first rows of a tensor as the checkpoint has it, without reading the rest."""
+        return self._files[weight.source].get_slice(weight.source)[:rows]
 
 
 class Predictors:
