@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     verb = verbs.add_parser(
         "relufy",
         help="make a ReLU model of one with SiLU, so that its neurons can be skipped",
-        description="Without text it applies deltas that were trained before: the shipped ones, for the embedded SmolLM2. With "
-        "--text or --sampled it trains some, from what the original itself predicts; a run that was interrupted goes on when "
-        "it is given again. Llama and mistral checkpoints.",
+        description="Without text it applies deltas that were trained before: the shipped ones, for the embedded SmolLM2. "
+        "With --text or --sampled it trains some, from what the original itself predicts; a run that was interrupted goes "
+        "on when it is given again. Llama and mistral checkpoints.",
     )
     verb.add_argument("model", nargs="?", help="checkpoint folder (default: the embedded SmolLM2)")
     verb.add_argument("-o", "--output", type=Path, required=True, help="folder to write the ReLU checkpoint to")
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     verb.add_argument("--sampled", type=int, default=0, metavar="TOKENS", help="of text that the model samples to train on")
     verb.add_argument("--samples", type=Path, help="text that an earlier run sampled, its relufy/samples.safetensors")
     verb.add_argument("--steps", type=int, help="of training (or --minutes)")
-    verb.add_argument("--minutes", type=float, help="for everything; the number of steps follows from the measured speed")
+    verb.add_argument("--minutes", type=float, help="for sampling and training; the steps follow from the speed")
     verb.add_argument("--active-share", type=float, default=0.2, help="of neurons to be left active; 1: all that are")
     verb.add_argument("--rank", type=int, default=32, help="of the changes to gate, up and down (default: 32)")
     verb.add_argument("--attention-rank", type=int, default=32, help="to q, k, v and o; 0: none (default: 32)")
@@ -76,12 +76,16 @@ def main(argv: list[str] | None = None) -> int:
     verb.add_argument("--batch", type=int, default=32, help="windows of a step (default: 32)")
     verb.add_argument("--micro-batch", type=int, help="windows computed at once, for less memory (default: --batch)")
     verb.add_argument("--lr", type=float, default=1e-3, help="learning rate at first; falls to zero (default: 0.001)")
-    verb.add_argument("--slide", type=float, default=0.15, help="part of training in which SiLU becomes ReLU (default: 0.15)")
+    verb.add_argument(
+        "--slide", type=float, default=0.15, help="part of training in which SiLU becomes ReLU (default: 0.15)"
+    )
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--type", choices=("bf16", "f32"), help="of matrix products (default: bf16 on a GPU, else f32)")
     verb.add_argument("--compile", action="store_true", help="compile the layers: a minute at first, then faster steps")
     verb.add_argument("--save-every", type=int, default=100, metavar="STEPS", help="save the state (default: 100)")
-    verb.add_argument("--eval-windows", type=int, default=4, help="of each built-in text for the perplexities; 0: none")
+    verb.add_argument(
+        "--eval-windows", type=int, help="of each built-in text for the perplexities (default: 4 after training, else 0)"
+    )
     verb.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
     verb.add_argument("--json", action="store_true", help="print the report as JSON, and no progress")
     verb.set_defaults(run=_relufy)
@@ -186,7 +190,7 @@ def _relufy(args: argparse.Namespace) -> int:
         text=text,
         training=training,
         device=args.device,
-        eval_windows=args.eval_windows,
+        eval_windows=(4 if text else 0) if args.eval_windows is None else args.eval_windows,
         save_every=args.save_every,
         progress=not args.json,
         say=None if args.json else _say,

@@ -58,7 +58,9 @@ class Deltas:
         head = embedding if weights.head is weights.embedding else weights.head.to(dtype)
         return Weights(stacked, embedding, self._changed("norm", weights.norm, dtype), head)
 
-    def _changed(self, name: str, weight: torch.Tensor, dtype: torch.dtype, layer: int | slice = slice(None)) -> torch.Tensor:
+    def _changed(
+        self, name: str, weight: torch.Tensor, dtype: torch.dtype, layer: int | slice = slice(None)
+    ) -> torch.Tensor:
         """A part of all layers, or of one."""
         if name in (*NORMS, "norm"):
             return weight * (1 + (self.tensors[name] if name == "norm" else self.tensors[name][layer]))
@@ -169,8 +171,8 @@ def check_fit(file: DeltasFile, path: Path, original: str, weights: Weights) -> 
     """Raises: PowerQuantConfigError if the deltas were trained for another checkpoint, or have other shapes"""
     if file.original != original:
         raise PowerQuantConfigError(
-            f"{path} was made for another model (fingerprint {file.original}, this one's is {original}); apply deltas to the "
-            "checkpoint they were trained on, or train some for this one with --sampled or --text"
+            f"{path} was made for another model (fingerprint {file.original}, this one's is {original}); apply deltas to "
+            "the checkpoint they were trained on, or train some for this one with --sampled or --text"
         )
     for name, tensor in file.deltas.tensors.items():
         part, _, side = name.partition(".")

@@ -28,7 +28,7 @@ from .llama import Rotary, Weights, block, hidden_states, relu, silu
 LOGIT_TOKENS = 4096
 # of the smooth count, in units of the gate's root mean square: how near to zero a gate is pushed
 SOFTNESS = 0.3
-FIRST_PRESSURE = 0.3
+FIRST_PRESSURE = 1.0
 # the part of training in which the scheduled share comes down to the wanted one
 DESCENT = 0.5
 # sharpness of the sliding activation at its end: nearly ReLU for gates of about 1
@@ -200,7 +200,9 @@ class Trainer:
         micro_batches = rows.split(settings.micro_batch)
         for index, micro_batch in enumerate(micro_batches):
             ids = micro_batch.to(self.device, non_blocking=True)
-            loss, share = self._backward(student, ids, activation, operands, pressure, len(ids) / len(rows), index + 1 < len(micro_batches))
+            loss, share = self._backward(
+                student, ids, activation, operands, pressure, len(ids) / len(rows), index + 1 < len(micro_batches)
+            )
             kl += loss
             active += share
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -269,7 +271,7 @@ class Trainer:
         """Proportional and integral control of its logarithm by the relative error of the last step's share."""
         if self.settings.active_share >= 1 or self.first_share is None:
             return torch.zeros((), device=self.device)
-        return (self.log_pressure + 4 * self._error(self.last_share, fraction)).exp()
+        return (self.log_pressure + 5 * self._error(self.last_share, fraction)).exp()
 
     def _error(self, share: torch.Tensor, fraction: float) -> torch.Tensor:
         return (share / self._wanted_share(fraction) - 1).clamp(-0.5, 0.5)
@@ -278,7 +280,7 @@ class Trainer:
         if self.first_share is None:
             self.first_share = active
         self.last_share = active
-        gain = min(0.3, max(0.005, 30 / (self.steps or 1000)))
+        gain = min(0.3, max(0.01, 60 / (self.steps or 2000)))
         self.log_pressure = (self.log_pressure + gain * self._error(active, fraction)).clamp(-8, 5)
 
     def _set_steps(self, seconds_left: float | None) -> None:

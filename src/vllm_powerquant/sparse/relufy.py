@@ -117,8 +117,8 @@ def relufy(
     if deltas is None and not text:
         if name is not None:
             raise PowerQuantConfigError(
-                "no text to train on: give files (--text FILE ...) or let the model sample some (--sampled TOKENS), or apply "
-                "deltas that were trained before (--deltas FILE)"
+                "no text to train on: give files (--text FILE ...) or let the model sample some (--sampled TOKENS), or "
+                "apply deltas that were trained before (--deltas FILE)"
             )
         deltas = SHIPPED_DELTAS
     _check_output(output, resumable=bool(text))
@@ -194,7 +194,7 @@ def _original(name: str | Path | None) -> Source:
         raise PowerQuantUnsupportedError(f"{source.name} is a ReLU model already; go on with `powerquant train-predictor`")
     if source.shape.family != "llama" or source.shape.activation != "silu":
         raise PowerQuantUnsupportedError(
-            f"relufy takes llama and mistral models with SiLU, got family {source.shape.family} with {source.shape.activation}"
+            f"relufy takes llama and mistral models with SiLU, got {source.shape.family} with {source.shape.activation}"
         )
     return source
 
@@ -322,7 +322,9 @@ def _load_samples(path: Path, original: str, length: int) -> tuple[torch.Tensor,
     if about.get("original") != original:
         raise PowerQuantConfigError(f"{path} was sampled from another model; sample anew with --sampled TOKENS")
     if tokens.shape[1] != length:
-        raise PowerQuantConfigError(f"{path} has texts of {tokens.shape[1]} tokens, not of {length}; give --length {tokens.shape[1]}")
+        raise PowerQuantConfigError(
+            f"{path} has texts of {tokens.shape[1]} tokens, not of {length}; give --length {tokens.shape[1]}"
+        )
     return tokens, about
 
 
@@ -360,7 +362,8 @@ def _train(
         def watch(seen: Progress) -> None:
             bar.total = seen.steps
             bar.set_postfix_str(
-                f"KL {seen.kl:.4f}, active {seen.active:.1%}, pressure {seen.pressure:.2g}, {seen.tokens_per_second:,.0f} tokens/s"
+                f"KL {seen.kl:.4f}, active {seen.active:.1%}, pressure {seen.pressure:.2g}, "
+                f"{seen.tokens_per_second:,.0f} tokens/s"
             )
             bar.update(seen.step - bar.n)
 
@@ -496,9 +499,9 @@ def _readme(folder: Path, origin: str) -> str:
     licence = next((path.name for path in sorted(folder.glob("LICEN[SC]E*"))), None)
     told = (
         f"# {Path(origin).name} with ReLU\n\n"
-        f"Made by vllm-powerquant (`powerquant relufy`) from the checkpoint `{Path(origin).name}`: ReLU in place of SiLU, and "
-        "low-rank changes of the layers' matrices and norms, trained to predict what the original predicts. Everything else, "
-        "the tokenizer included, is the original's.\n\n"
+        f"Made by vllm-powerquant (`powerquant relufy`) from the checkpoint `{Path(origin).name}`: ReLU in place of SiLU, "
+        "and low-rank changes of the layers' matrices and norms, trained to predict what the original predicts. Everything "
+        "else, the tokenizer included, is the original's.\n\n"
         f"Licence: the original's{f', in {licence}' if licence else ''}.\n"
     )
     original = folder / "README.md"
@@ -519,4 +522,12 @@ def _bar(what: str, total: int | None, unit: str, shown: bool) -> Any:
     from tqdm import tqdm
 
     interval_s = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "token", file=sys.stderr, mininterval=interval_s, disable=not shown)
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        unit_scale=unit == "token",
+        file=sys.stderr,
+        mininterval=interval_s,
+        disable=not shown,
+    )

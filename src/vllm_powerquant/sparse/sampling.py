@@ -1,9 +1,10 @@
 """Text that a model itself samples, to train its ReLU twin on where there is no corpus.
 
 Rows start in turns from: the document start (BOS and the like); the same followed by one uniformly random token, which
-spreads the subjects (as in Z. Liu et al., "LLM-QAT", 2023, arXiv:2305.17888); and the chat template's open user turn. Sampling
-is at temperature 1 throughout. Where the model ends a document the next one starts; where it ends a turn of a chat the
-template's tokens up to the other side's turn follow, so that it talks to itself, both sides as it was trained to see them.
+spreads the subjects (as in Z. Liu et al., "LLM-QAT", 2023, arXiv:2305.17888); and the chat template's open user turn.
+Sampling is at temperature 1 throughout. Where the model ends a document the next one starts; where it ends a turn of a chat
+the template's tokens up to the other side's turn follow, so that it talks to itself, both sides as it was trained to see
+them.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def _chat(tokenizer: PreTrainedTokenizerBase, eos: set[int]) -> Script | None:
         to_user, _ = rest.split(marks[2])
     except (TemplateError, ValueError, TypeError):
         return None
-    start, answer, question = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (opening, to_assistant, to_user))
+    start, answer, question = (
+        tokenizer(part, add_special_tokens=False)["input_ids"] for part in (opening, to_assistant, to_user)
+    )
     ends = [next((i for i, token in enumerate(bridge) if token in eos), None) for bridge in (answer, question)]
     if None not in ends:
         return Script(start, (answer[ends[0] + 1 :], question[ends[1] + 1 :]))
@@ -125,6 +128,7 @@ class Sampler:
                 self.graphs[reach].replay() if cuda else self._advance(reach)
                 if position % 32 == 31 or position == self.length - 2:
                     if cuda:
+                        # replays are only queued
                         torch.cuda.synchronize(self.device)
                     tick((position + 2 - told) * self.rows)
                     told = position + 2
