@@ -327,6 +327,10 @@ def test_refusals(text, tmp_path):
         with pytest.raises(PowerQuantConfigError, match=message):
             train_predictors(folder, tmp_path / "p", **({"texts": [text], **OPTIONS} | change))
     assert not (tmp_path / "p" / "work").exists()
+    before = (folder / "config.json").read_text()
+    with pytest.raises(PowerQuantConfigError, match="holds the config.json of something else"):
+        train_predictors(folder, folder, texts=[text], restart=True, **OPTIONS)
+    assert (folder / "config.json").read_text() == before
     with pytest.raises(PowerQuantConfigError, match="cannot write .*file"):
         train_predictors(folder, tmp_path / "file", texts=[text], **OPTIONS)
 

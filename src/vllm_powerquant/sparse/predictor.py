@@ -159,6 +159,11 @@ class _Work:
 
     def begin(self, settings: dict[str, Any]) -> None:
         """Raises: PowerQuantConfigError if what is in the folder was made with other settings"""
+        config = self.output / "config.json"
+        if config.is_file() and set(read_json(config)) != {"sparse_threshold"}:
+            raise PowerQuantConfigError(
+                f"{self.output} holds the config.json of something else, such as a model; give a folder for predictors alone"
+            )
         path = self.folder / "settings.json"
         before = read_json(path) if path.is_file() else None
         if before != settings and not self.restart:

@@ -139,6 +139,8 @@ def read_counts(folder: str | Path, num_layers: int, intermediate_size: int) -> 
     """
     import torch
 
+    from ..calibration import first_line
+
     folder = Path(folder)
     remedy = "make one with `powerquant profile MODEL -o DIR`"
     if not folder.is_dir():
@@ -156,9 +158,8 @@ def read_counts(folder: str | Path, num_layers: int, intermediate_size: int) -> 
         try:
             row = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[:1] or "it is empty"
             raise PowerQuantConfigError(
-                f"{path} can't be read ({reason}), the model has {num_layers} layers; {remedy}"
+                f"{path} can't be read ({first_line(error)}), the model has {num_layers} layers; {remedy}"
             ) from None
         if not isinstance(row, torch.Tensor) or row.shape != (intermediate_size,) or not bool((row >= 0).all()):
             got = list(row.shape) if isinstance(row, torch.Tensor) else type(row).__name__

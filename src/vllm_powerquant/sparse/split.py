@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PowerQuantConfigError, PowerQuantError, PowerQuantUnsupportedError
+from .convert import require_packages
 from .header import Header, Tensor, read_tensors
 from .profile import read_counts
 
@@ -81,6 +82,7 @@ def split(model: str | Path, profile: str | Path, budget: int, output: str | Pat
     Raises: PowerQuantUnsupportedError for a file that is not sparse; PowerQuantConfigError for a damaged file, a profile of
         another shape, a bad budget or output; PowerQuantError if it can't be written
     """
+    require_packages()
     import numpy as np
 
     model, output = Path(model), Path(output).absolute()
