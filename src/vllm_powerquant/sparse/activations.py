@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -170,7 +171,15 @@ class Inputs:
                 f"layers, {free / 1e9:.2f} GB are free there; use fewer tokens or another disk"
             )
         size = (self.tokens, self.shape.hidden_size)
-        files = [np.lib.format.open_memmap(self._path(i), "w+", np.float16, size) for i in range(self.shape.num_layers)]
+        files = []
+        for layer in range(self.shape.num_layers):
+            files.append(np.lib.format.open_memmap(self._path(layer), "w+", np.float16, size))
+            try:
+                # a mapping that runs out of disk kills the process, so its space is taken first
+                with self._path(layer).open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, self._path(layer).stat().st_size)
+            except OSError as error:
+                raise PowerQuantError(f"cannot write {self._path(layer)}: {error.strerror}") from error
         at = 0
 
         def see(layer: int, p: torch.Tensor) -> None:

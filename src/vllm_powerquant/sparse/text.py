@@ -173,7 +173,7 @@ def load_causal_lm(
         dtype: of the weights; None: float32
         device: None: the GPU if there is one
         family: as for families.read_config; "bamboo" also applies ReLU to the up projection
-        say: is told which model goes where
+        say: is told which model goes where; None also hides transformers' own progress
 
     Raises: as find_checkpoint; PowerQuantConfigError for a device that is not here, or if loading fails
     """
@@ -186,7 +186,12 @@ def load_causal_lm(
 
     chosen = choose_device(device)
     dtype = dtype or torch.float32
-    if say:
+    if say is None:
+        # one bar at most on a quiet run: transformers shows one for loading
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    else:
         say(f"{source.name}: {source.shape.num_layers} layers, {str(dtype).removeprefix('torch.')} on {chosen}")
     tokenizer = load_tokenizer(source)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
