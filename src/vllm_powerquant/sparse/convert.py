@@ -105,7 +105,7 @@ def convert(
     if sparse and model.activation != "relu":
         raise PowerQuantUnsupportedError(
             f"no sparse file of a {model.activation.upper()} model: its neurons are never exactly zero, so none may be "
-            "skipped; make it a ReLU model first (fine-tune with ReLU), or leave out the predictor for a plain GGUF"
+            "skipped; make it a ReLU model first (`powerquant relufy`), or leave out the predictor for a plain GGUF"
         )
     predictors = Predictors(Path(predictor), model) if sparse else None
     planned = weights(model, sparse, with_output=sparse)
