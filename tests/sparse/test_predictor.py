@@ -37,6 +37,7 @@ def text(tmp_path_factory) -> Path:
 
 OPTIONS = {"window": 64, "device": "cpu", "progress": False}
 QUICK = Training(epochs=2, batch=128)  # where it does not matter how well
+GOOD = Training(epochs=15)
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +49,11 @@ def trained(text, tmp_path_factory):
         if name not in made:
             folder = write_checkpoint(SHAPES[name], tmp_path_factory.mktemp(name) / "m")
             output = tmp_path_factory.mktemp(name) / "predictor"
-            made[name] = folder, output, train_predictors(folder, output, texts=[text], rank=64, recall=0.98, **OPTIONS)
+            made[name] = (
+                folder,
+                output,
+                train_predictors(folder, output, texts=[text], rank=64, recall=0.98, training=GOOD, **OPTIONS),
+            )
         return made[name]
 
     return get
