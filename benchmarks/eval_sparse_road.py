@@ -10,7 +10,7 @@ neuron computed ("all neurons"). All run in this project's engine, token by toke
 texts' second half, which nothing is trained on. A window is a round: every model reads it in turn, ratios are taken round by
 round. Perplexities by transformers, in float32, check the engine's.
 
-Needs powerinfer-bench (build/powerinfer, or --engine). SmolLM2-135M with two points (5 models, 6 windows of 1024 tokens) takes
+Needs powerinfer-bench (build/powerinfer, or --engine). SmolLM2-135M with two points (5 models, 6 windows of 1024 tokens):
 about 7 minutes in f16 and 2 in q4_0 on two cores, computed from 85 and 360 tokens/s.
 """
 

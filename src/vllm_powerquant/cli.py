@@ -150,7 +150,7 @@ def _add_relufy(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--length", type=int, default=1024, help="tokens of a window (default: 1024)")
     verb.add_argument("--batch", type=int, default=32, help="windows of a step (default: 32)")
     verb.add_argument("--micro-batch", type=int, help="windows computed at once, for less memory (default: --batch)")
-    verb.add_argument("--lr", type=float, default=1e-3, help="learning rate at first; falls to zero (default: 0.001)")
+    verb.add_argument("--lr", type=float, default=8e-3, help="learning rate at first; falls to zero (default: 0.008)")
     verb.add_argument(
         "--slide", type=float, default=0.15, help="part of training in which SiLU becomes ReLU (default: 0.15)"
     )

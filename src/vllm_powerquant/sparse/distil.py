@@ -49,7 +49,7 @@ class Training:
     micro_batch: int = 32  # windows computed at once
     steps: int | None = None  # None: as many as fit into the minutes
     minutes: float | None = None
-    lr: float = 1e-3  # falls to zero in a line
+    lr: float = 8e-3  # falls to zero in a line
     active_share: float = 0.2  # of neurons, mean over layers and tokens; 1: no pressure
     slide: float = 0.15  # part of training in which SiLU becomes ReLU
     seed: int = 0

@@ -48,7 +48,7 @@ class Relufied:
     """What was written, and how good it is on text that was not trained on."""
 
     output: str
-    original: str
+    original: str  # its folder's name
     deltas: str | None  # file; of a training run, the one it wrote
     steps: int
     train_tokens: int
@@ -161,7 +161,7 @@ def relufy(
 
     report = Relufied(
         output=str(output),
-        original=source.name,
+        original=Path(source.name).name,
         deltas=str(work / "deltas.safetensors" if trainer else deltas),
         steps=trainer.step if trainer else 0,
         train_tokens=trainer.step * trainer.tokens_per_step if trainer else 0,
