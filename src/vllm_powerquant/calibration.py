@@ -273,9 +273,7 @@ def calibrate(
         config = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise PowerQuantConfigError(
-            f"cannot load {name}: {_first_line(error)}; give a checkpoint's folder or name"
-        ) from None
+        raise PowerQuantConfigError(f"cannot load {name}: {first_line(error)}; give a checkpoint's folder or name") from None
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or run_tokens
     if run_tokens > context:
         raise PowerQuantConfigError(
@@ -284,7 +282,7 @@ def calibrate(
     # texts are longer than any context: only cut pieces of them are given to the model
     tokenizer.model_max_length = 10**9
     prefix = tokenizer("")["input_ids"][:1]
-    named = {str(path): _read(path) for path in texts} if texts else read_texts()
+    named = {str(path): read_text(path) for path in texts} if texts else read_texts()
     part = (0.0, 1.0) if texts else SPLITS["calibrate"]
     pieces = []
     for text_name, text in named.items():
@@ -293,9 +291,7 @@ def calibrate(
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise PowerQuantConfigError(
-            f"cannot load {name}: {_first_line(error)}; give a checkpoint's folder or name"
-        ) from None
+        raise PowerQuantConfigError(f"cannot load {name}: {first_line(error)}; give a checkpoint's folder or name") from None
     if torch.cuda.is_available():
         model = model.cuda()
     keys = key_statistics(model, tqdm(pieces, "calibrating", unit="run"))
@@ -305,11 +301,13 @@ def calibrate(
     return calibration
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of its message, else its kind: what an error of one line may quote."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Raises: PowerQuantConfigError if it can't be read or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

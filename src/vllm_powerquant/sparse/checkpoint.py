@@ -43,11 +43,13 @@ class Checkpoint:
             )
         # by planned_name: the open file, and the name in it
         self._files: dict[str, tuple[Any, str]] = {}
+        self.shards: dict[str, Any] = {}  # open files by name
         for name in names:
             try:
                 file = safe_open(folder / name, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise PowerQuantConfigError(f"{folder / name} can't be read: {error}") from error
+            self.shards[name] = file
             for own_name in file.keys():
                 known = self._files.setdefault(planned_name(own_name), (file, own_name))[1]
                 if known != own_name:
@@ -88,6 +90,16 @@ class Checkpoint:
         except SafetensorError as error:
             raise PowerQuantConfigError(f"{self.folder}: {name} can't be read: {error}") from error
         return weight.reorder(tensor) if weight.reorder else tensor
+
+    def load_shard(self, name: str) -> dict[str, torch.Tensor]:
+        """All tensors of a file, as they are."""
+        file = self.shards[name]
+        return {tensor: file.get_tensor(tensor) for tensor in file.keys()}
+
+    def part(self, weight: Weight, rows: int) -> torch.Tensor:
+        """The first rows of a tensor as the checkpoint has it, without reading the rest."""
+        file, name = self._files[weight.source]
+        return file.get_slice(name)[:rows]
 
 
 class Predictors:

@@ -95,7 +95,7 @@ def convert(
     output = Path(output).absolute()
     if output.is_dir() or not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise PowerQuantConfigError(f"cannot write {output}: give a file in an existing folder that you may write to")
-    _require_packages()
+    require_packages()
     folder = Path(checkpoint)
     source = Checkpoint(folder)
     model = read_config(source.config, family)
@@ -105,7 +105,7 @@ def convert(
     if sparse and model.activation != "relu":
         raise PowerQuantUnsupportedError(
             f"no sparse file of a {model.activation.upper()} model: its neurons are never exactly zero, so none may be "
-            "skipped; make it a ReLU model first (fine-tune with ReLU), or leave out the predictor for a plain GGUF"
+            "skipped; make it a ReLU model first (`powerquant relufy`), or leave out the predictor for a plain GGUF"
         )
     predictors = Predictors(Path(predictor), model) if sparse else None
     planned = weights(model, sparse, with_output=sparse)
@@ -195,7 +195,8 @@ def _checked_threshold(value: float) -> float:
     return float(value)
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
+    """Raises: PowerQuantError, with what to install, if a package that conversion needs is missing"""
     try:
         import gguf  # noqa: F401
         import safetensors  # noqa: F401

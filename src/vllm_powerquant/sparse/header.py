@@ -6,7 +6,7 @@ The engine checks a file for real; this reads as much as is needed to pick a ser
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +20,9 @@ ARCHITECTURES = ("llama", "bamboo", "falcon", "opt")
 _STRING, _ARRAY = 8, 9
 # struct's letter by GGUF's value type
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_MAX_ENTRIES, _MAX_BYTES = 1 << 16, 1 << 28
+_MAX_ENTRIES, _MAX_BYTES, _MAX_DIMENSIONS = 1 << 16, 1 << 28, 4
+# of tensors' starts, where general.alignment does not say it
+_ALIGNMENT = 32
 
 
 def file_format(path: Path) -> str | None:
@@ -69,8 +71,27 @@ class Header:
             raise PowerQuantConfigError(f"{self.path} is damaged: {error}") from error
 
 
+@dataclass(frozen=True)
+class Tensor:
+    """Where a file keeps a tensor."""
+
+    name: str
+    shape: tuple[int, ...]  # slowest dimension first
+    kind: int  # GGML's number of its type
+    start: int  # byte of the file
+
+
 def read_header(path: Path) -> Header:
     """Raises: PowerQuantConfigError for a file that can't be read, is of another kind or malformed."""
+    return _read(path, with_tensors=False)[0]
+
+
+def read_tensors(path: Path) -> tuple[Header, list[Tensor]]:
+    """Header and tensors, in the file's order. Raises: PowerQuantConfigError as read_header."""
+    return _read(path, with_tensors=True)
+
+
+def _read(path: Path, with_tensors: bool) -> tuple[Header, list[Tensor]]:
     kind = file_format(path)
     if kind is None:
         raise PowerQuantConfigError(f"{path} is no model file: it begins with neither GGUF nor PWRI")
@@ -82,9 +103,9 @@ def read_header(path: Path) -> Header:
             (version,) = _unpack(file, "I")
             if version not in VERSIONS:
                 raise ValueError(f"version {version} where {' and '.join(map(str, VERSIONS))} are known")
-            _, count = _unpack(file, "QQ")
-            if count > _MAX_ENTRIES:
-                raise ValueError(f"{count} metadata entries")
+            num_tensors, count = _unpack(file, "QQ")
+            if max(num_tensors, count) > _MAX_ENTRIES:
+                raise ValueError(f"{num_tensors} tensors and {count} metadata entries")
             for _ in range(count):
                 key = _string(file)
                 (kind_of_value,) = _unpack(file, "I")
@@ -96,9 +117,26 @@ def read_header(path: Path) -> Header:
                         arrays[key] = start + 4
                 else:
                     entries[key] = _unpack(file, _letter(kind_of_value))[0]
+            tensors = [_tensor(file) for _ in range(num_tensors if with_tensors else 0)]
+            alignment = entries.get("general.alignment", _ALIGNMENT)
+            if not isinstance(alignment, int) or alignment < 1:
+                raise ValueError(f"an alignment of {alignment!r}")
+            data = -(-file.tell() // alignment) * alignment
     except (OSError, ValueError, struct.error) as error:
         raise PowerQuantConfigError(f"{path} is damaged: {error}") from error
-    return Header(path, kind, entries, arrays)
+    header = Header(path, kind, entries, arrays)
+    return header, [replace(tensor, start=data + tensor.start) for tensor in tensors]
+
+
+def _tensor(file: BinaryIO) -> Tensor:
+    """Its start is counted from the first tensor's."""
+    name = _string(file)
+    (dimensions,) = _unpack(file, "I")
+    if dimensions > _MAX_DIMENSIONS:
+        raise ValueError(f"a tensor of {dimensions} dimensions")
+    shape = _unpack(file, "Q" * dimensions)[::-1]
+    kind, start = _unpack(file, "IQ")
+    return Tensor(name, shape, kind, start)
 
 
 def _skip_array(file: BinaryIO) -> int:

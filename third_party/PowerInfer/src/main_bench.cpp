@@ -47,6 +47,12 @@ struct Timer {
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - wall).count();
     return {{"per_second", count / seconds}, {"per_cpu_second", count / (cpu_seconds() - cpu)}, {"seconds", seconds}};
   }
+
+  // What has passed since another timer began does not count.
+  void leave_out(const Timer& other) {
+    wall += std::chrono::steady_clock::now() - other.wall;
+    cpu += cpu_seconds() - other.cpu;
+  }
 };
 
 std::vector<int32_t> read_tokens(const std::string& path) {
@@ -58,17 +64,21 @@ std::vector<int32_t> read_tokens(const std::string& path) {
   return tokens;
 }
 
-// Forward passes over the tokens as a prompt, or one by one; each token's logits to `use`.
+// Forward passes over the tokens as a prompt, or one by one; each token's logits to `use`, whose time does not count.
 template <typename Use>
-void run_tokens(Model& model, const std::vector<int32_t>& tokens, int together, bool prompt, Use use) {
+nlohmann::json run_tokens(Model& model, const std::vector<int32_t>& tokens, int together, bool prompt, Use use) {
   const auto vocabulary = static_cast<size_t>(model.info().vocabulary);
   std::vector<float> logits(vocabulary * together);
   model.truncate(0, 0);
+  Timer timer;
   for (size_t at = 0; at < tokens.size(); at += together) {
     const int count = static_cast<int>(std::min<size_t>(together, tokens.size() - at));
     model.forward({{0, static_cast<int>(at), tokens.data() + at, count, prompt, logits.data(), true}});
+    const Timer using_them;
     for (int t = 0; t < count; ++t) use(at + t, logits.data() + t * vocabulary);
+    timer.leave_out(using_them);
   }
+  return timer.rate(static_cast<double>(tokens.size()));
 }
 
 double log_likelihood(const float* logits, size_t vocabulary, int32_t token) {
@@ -232,10 +242,11 @@ nlohmann::json run(const Options& options) {
       if (!out.is_open()) throw Error(ErrorKind::kFailed, "cannot write " + options.logits);
     }
     double total = 0;
-    run_tokens(*model, tokens, together, options.together != 1, [&](size_t t, const float* logits) {
+    const auto use = [&](size_t t, const float* logits) {
       if (out.is_open()) out.write(reinterpret_cast<const char*>(logits), static_cast<std::streamsize>(info.vocabulary) * 4);
       if (t + 1 < tokens.size()) total += log_likelihood(logits, info.vocabulary, tokens[t + 1]);
-    });
+    };
+    result["run"] = run_tokens(*model, tokens, together, options.together != 1, use);
     if (tokens.size() > 1) {
       const double nll = -total / static_cast<double>(tokens.size() - 1);
       char hex[64];
