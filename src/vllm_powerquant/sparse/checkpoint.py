@@ -43,14 +43,14 @@ class Checkpoint:
             )
         # by planned_name: the open file, and the name in it
         self._files: dict[str, tuple[Any, str]] = {}
-        self.shards: dict[str, Any] = {}  # open files by name
+        self.shards: dict[str, list[str]] = {}  # tensors by file, under the file's own names
         for name in names:
             try:
                 file = safe_open(folder / name, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise PowerQuantConfigError(f"{folder / name} can't be read: {error}") from error
-            self.shards[name] = file
-            for own_name in file.keys():
+            self.shards[name] = list(file.keys())
+            for own_name in self.shards[name]:
                 known = self._files.setdefault(planned_name(own_name), (file, own_name))[1]
                 if known != own_name:
                     raise PowerQuantConfigError(
@@ -93,8 +93,11 @@ class Checkpoint:
 
     def load_shard(self, name: str) -> dict[str, torch.Tensor]:
         """All tensors of a file, as they are."""
-        file = self.shards[name]
-        return {tensor: file.get_tensor(tensor) for tensor in file.keys()}
+        found = {}
+        for own_name in self.shards[name]:
+            file, _ = self._files[planned_name(own_name)]
+            found[own_name] = file.get_tensor(own_name)
+        return found
 
     def part(self, weight: Weight, rows: int) -> torch.Tensor:
         """The first rows of a tensor as the checkpoint has it, without reading the rest."""
