@@ -104,8 +104,8 @@ def convert(
     sparse = predictor is not None and not dense
     if threshold is not None and not sparse:
         raise PowerQuantConfigError(
-            f"a threshold, got {threshold}, is for a sparse file: give the predictors that it belongs to, or leave it out for a "
-            "plain GGUF, which computes every neuron"
+            f"a threshold, got {threshold}, is for a sparse file: give the predictors that it belongs to, or leave it out "
+            "for a plain GGUF, which computes every neuron"
         )
     if sparse and model.activation != "relu":
         raise PowerQuantUnsupportedError(
