@@ -31,7 +31,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "src")]
 
 from bench_sparse import cpu_name  # noqa: E402
-from csv_rows import append_rows, git_commit  # noqa: E402
+from csv_rows import append_rows, check_csv, git_commit  # noqa: E402
 
 from vllm_powerquant.quality import SPLITS, cut, read_texts  # noqa: E402
 from vllm_powerquant.sparse.convert import DTYPES, convert  # noqa: E402
@@ -231,6 +231,11 @@ def main() -> None:
     args = parser.parse_args()
     if len({*OWN_NAMES, *(point.name for point in args.point)}) < len(OWN_NAMES) + len(args.point):
         parser.error(f"points need names of their own, other than {', '.join(OWN_NAMES)}")
+    check_csv(args.out, Row)
+    if not args.engine.is_file():
+        parser.error(
+            f"no powerinfer-bench at {args.engine}: build it (third_party/PowerInfer/README.md) or name it by --engine"
+        )
     if args.original is None:
         from vllm_powerquant.model import prepare_model
 

@@ -697,6 +697,15 @@ def test_thresholds_that_are_no_number(threshold, own, tmp_path):
         convert(folder, tmp_path / "m.gguf", predictor=folder / "predictor", threshold=threshold, progress=False)
 
 
+@pytest.mark.parametrize("with_predictor", [False, True])
+def test_a_threshold_for_a_dense_file_is_refused(with_predictor, own, tmp_path):
+    folder = own()
+    predictor = folder / "predictor" if with_predictor else None
+    with pytest.raises(PowerQuantConfigError, match="a threshold, got 0.5, is for a sparse file: give the predictors"):
+        convert(folder, tmp_path / "m.gguf", predictor=predictor, dense=with_predictor, threshold=0.5, progress=False)
+    assert not (tmp_path / "m.gguf").exists()
+
+
 @pytest.mark.parametrize("option", ["dtype", "predictor_dtype", "output_dtype"])
 def test_unknown_types(option, tmp_path):
     with pytest.raises(PowerQuantConfigError, match=f"{option} must be one of f16, q4_0, f32.*got 'q5_1'"):

@@ -102,6 +102,11 @@ def convert(
     if output_dtype is None:
         output_dtype = dtype if dtype != "q4_0" else "q6_k" if model.hidden_size % 256 == 0 else "q8_0"
     sparse = predictor is not None and not dense
+    if threshold is not None and not sparse:
+        raise PowerQuantConfigError(
+            f"a threshold, got {threshold}, is for a sparse file: give the predictors that it belongs to, or leave it out "
+            "for a plain GGUF, which computes every neuron"
+        )
     if sparse and model.activation != "relu":
         raise PowerQuantUnsupportedError(
             f"no sparse file of a {model.activation.upper()} model: its neurons are never exactly zero, so none may be "
