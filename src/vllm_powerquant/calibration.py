@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from .errors import PowerQuantConfigError, PowerQuantUnsupportedError
+from .files import whole_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -104,18 +104,12 @@ class Calibration:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        path, partial = Path(path), Path(f"{path}.partial")
         about = {"shape": asdict(self.shape), "model": self.model, "tokens": self.tokens}
         tensors = {"key_centres": self.keys.centres.contiguous(), "key_scales": self.keys.scales.contiguous()}
         try:
-            save_file(tensors, partial, {"format": FORMAT, "about": json.dumps(about)})
-            # safetensors writes for the owner alone
-            mask = os.umask(0)
-            os.umask(mask)
-            partial.chmod(0o666 & ~mask)
-            partial.replace(path)
+            with whole_file(Path(path)) as unfinished:
+                save_file(tensors, unfinished, {"format": FORMAT, "about": json.dumps(about)})
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise PowerQuantConfigError(f"cannot write {path}: {error}") from None
 
     @classmethod

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PowerQuantConfigError, PowerQuantError, PowerQuantUnsupportedError
+from ..files import whole_file
 from .checkpoint import Checkpoint, Predictors
 from .families import Model, Weight, read_config, weights
 from .vocabulary import Vocabulary, read_vocabulary
@@ -250,44 +250,32 @@ def _write(
     magic: bytes | None,
     progress: bool,
 ) -> None:
-    """The whole file under another name beside `output`, then renamed."""
     import gguf
     import numpy as np
 
     from .blocks import encode
 
-    unfinished = None
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{output.name}-", dir=output.parent)
-        os.close(descriptor)
-        unfinished = Path(name)
-        writer = gguf.GGUFWriter(unfinished, model.family)
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        for key, value in entries.items():
-            add[type(value)](key, value)
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        vocabulary.write(writer)
-        for tensor in tensors:
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.file_bytes, tensor.kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in _progress(tensors, progress):
-            writer.write_tensor_data(encode(tensor.load(), tensor.kind, tensor.name))
-        writer.close()
-        if magic is not None:
-            with unfinished.open("r+b") as file:
-                file.write(magic)
-        # mkstemp makes it readable by its owner alone; as any new file, it is what the umask leaves
-        umask = os.umask(0o077)
-        os.umask(umask)
-        unfinished.chmod(0o666 & ~umask)
-        os.replace(unfinished, output)
+        with whole_file(output) as unfinished:
+            writer = gguf.GGUFWriter(unfinished, model.family)
+            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            for key, value in entries.items():
+                add[type(value)](key, value)
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            vocabulary.write(writer)
+            for tensor in tensors:
+                writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.file_bytes, tensor.kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for tensor in _progress(tensors, progress):
+                writer.write_tensor_data(encode(tensor.load(), tensor.kind, tensor.name))
+            writer.close()
+            if magic is not None:
+                with unfinished.open("r+b") as file:
+                    file.write(magic)
     except OSError as error:
         raise PowerQuantError(f"cannot write {output}: {error.strerror or error}") from error
-    finally:
-        if unfinished is not None:
-            unfinished.unlink(missing_ok=True)
 
 
 def _progress(tensors: list[_Tensor], shown: bool) -> Iterator[_Tensor]:

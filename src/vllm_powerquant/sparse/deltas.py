@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +15,7 @@ from typing import Any, Self
 import torch
 
 from ..errors import PowerQuantConfigError
+from ..files import whole_file
 from .checkpoint import Checkpoint
 from .families import Model
 from .llama import MATRICES, NORMS, PARTS, Weights
@@ -126,17 +126,11 @@ def save_deltas(path: Path, deltas: Deltas, original: str, recipe: dict[str, Any
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = path.with_name(path.name + ".partial")
     about = {"original": original, "recipe": recipe}
     try:
-        save_file(_encode(deltas), partial, {"format": FORMAT, "about": json.dumps(about)})
-        # safetensors writes for the owner alone
-        mask = os.umask(0o077)
-        os.umask(mask)
-        partial.chmod(0o666 & ~mask)
-        partial.replace(path)
+        with whole_file(path) as unfinished:
+            save_file(_encode(deltas), unfinished, {"format": FORMAT, "about": json.dumps(about)})
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise PowerQuantConfigError(f"cannot write {path}: {error}") from None
 
 

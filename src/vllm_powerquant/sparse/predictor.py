@@ -9,7 +9,6 @@ layers. The format has one threshold and no biases, so a layer that needs anothe
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PowerQuantConfigError, PowerQuantError
+from ..files import whole_file
 from .activations import Inputs, bar_options, feed_forwards, fingerprint, require_relu
 from .checkpoint import read_json
 from .families import Model
@@ -361,24 +361,16 @@ def _shares(above: torch.Tensor, total: torch.Tensor, pairs: int) -> dict[str, f
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Under another name first: a file with its own name is whole."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(tensors, partial, metadata)
-        umask = os.umask(0o077)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)
-        os.replace(partial, path)
+        with whole_file(path) as unfinished:
+            save_file(tensors, unfinished, metadata)
     except SafetensorError as error:
         raise PowerQuantError(f"cannot write {path}: {error}; what is finished is kept") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

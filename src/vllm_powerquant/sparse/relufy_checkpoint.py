@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from ..errors import PowerQuantError
+from ..files import umask
 from .checkpoint import Checkpoint
 from .deltas import Deltas
 
@@ -36,11 +36,10 @@ def write_checkpoint(checkpoint: Checkpoint, deltas: Deltas, output: Path, origi
         (unfinished / "README.md").write_text(_readme(folder, origin), encoding="utf-8")
         config = {**checkpoint.config, "hidden_act": "relu"}
         (unfinished / "config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        umask = os.umask(0o077)
-        os.umask(umask)
+        mask = umask()
         for path in unfinished.iterdir():
-            path.chmod(0o666 & ~umask)
-        unfinished.chmod(0o777 & ~umask)
+            path.chmod(0o666 & ~mask)
+        unfinished.chmod(0o777 & ~mask)
         if not output.is_dir():
             unfinished.rename(output)
             return

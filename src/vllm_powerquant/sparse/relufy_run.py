@@ -17,6 +17,7 @@ import torch
 from .. import __version__
 from ..calibration import first_line
 from ..errors import PowerQuantConfigError, PowerQuantError
+from ..files import whole_file
 from .deltas import save_deltas
 from .distil import Progress, Trainer, Training
 from .sampling import Sampler, end_ids, rows_that_fit, scripts
@@ -62,9 +63,8 @@ def sample(
         while sum(map(len, found)) < wanted:
             found.append(sampler.round(training.seed * 1_000_003 + len(found), bar.update))
             about = {"original": original, "seed": str(training.seed), "wanted": str(wanted), "rows": str(rows)}
-            partial = path.with_name(path.name + ".partial")
-            save_file({"tokens": torch.cat(found)}, partial, about)
-            partial.replace(path)
+            with whole_file(path) as unfinished:
+                save_file({"tokens": torch.cat(found)}, unfinished, about)
     del sampler
     if weights.embedding.device.type == "cuda":
         # the cache's memory is training's now
@@ -170,12 +170,10 @@ def _load_state(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _save_state(path: Path, state: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
     try:
-        torch.save(state, partial)
-        partial.replace(path)
+        with whole_file(path) as unfinished:
+            torch.save(state, unfinished)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         raise PowerQuantError(f"cannot save the state in {path}: {error}") from None
 
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PowerQuantConfigError, PowerQuantError, PowerQuantUnsupportedError
-from .convert import require_packages
+from ..files import whole_file
+from .convert import SPARSE_MAGIC, require_packages
 from .header import Header, Tensor, read_tensors
 from .profile import read_counts
 
@@ -157,39 +157,29 @@ def _neurons(path: Path) -> tuple[int, list[int]]:
 
 
 def write_split(path: Path, plan: Split) -> None:
-    """The whole file under another name beside `path`, then renamed. Raises: PowerQuantError if it can't be written"""
+    """Raises: PowerQuantError if it can't be written"""
     import gguf
     import numpy as np
 
-    unfinished = None
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        os.close(descriptor)
-        unfinished = Path(name)
-        writer = gguf.GGUFWriter(unfinished, ARCHITECTURE)
-        writer.add_block_count(len(plan.hot))
-        writer.add_uint64("split.vram_capacity", plan.capacity)
-        # by position, so in the layers' numeric order
-        for layer, (ids, size) in enumerate(zip(plan.hot, plan.intermediate_sizes, strict=True)):
-            on_gpu = np.zeros(size, np.int32)
-            on_gpu[ids] = 1
-            writer.add_tensor(f"blk.{layer}.gpu_idx", on_gpu)
-            writer.add_tensor(f"blk.{layer}.gpu_bucket", np.asarray(ids, np.int32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with unfinished.open("r+b") as file:
-            file.write(b"PWRI")
-        umask = os.umask(0o077)
-        os.umask(umask)
-        unfinished.chmod(0o666 & ~umask)
-        os.replace(unfinished, path)
+        with whole_file(path) as unfinished:
+            writer = gguf.GGUFWriter(unfinished, ARCHITECTURE)
+            writer.add_block_count(len(plan.hot))
+            writer.add_uint64("split.vram_capacity", plan.capacity)
+            # by position, so in the layers' numeric order
+            for layer, (ids, size) in enumerate(zip(plan.hot, plan.intermediate_sizes, strict=True)):
+                on_gpu = np.zeros(size, np.int32)
+                on_gpu[ids] = 1
+                writer.add_tensor(f"blk.{layer}.gpu_idx", on_gpu)
+                writer.add_tensor(f"blk.{layer}.gpu_bucket", np.asarray(ids, np.int32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            with unfinished.open("r+b") as file:
+                file.write(SPARSE_MAGIC)
     except OSError as error:
         raise PowerQuantError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if unfinished is not None:
-            unfinished.unlink(missing_ok=True)
 
 
 def read_split(path: str | Path) -> Split:

@@ -27,16 +27,17 @@ void prefetch_range(const uint8_t* p, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) prefetch(p + i);
 }
 
-// How far ahead one stream is asked for. Measured on an Intel Xeon with VNNI: fp16 rows come at 18 GB/s with 4,096 to 8,192
-// into the second-level cache, 16 with 2,048, 14 without; Q4_0 codes 3 to 20 % slower with 512 to 2,048, 5 with 6,144.
+// How far ahead one stream is asked for. Reading fp16 rows of 2,048 bytes on an Intel Xeon (powerinfer-bench --row-bytes
+// 2048) gives 17.7 GB/s a core with 2,048, 18.5 with 4,096, 19.0 with 8,192; Q4_0 codes came a little slower with more than
+// 4,096.
 constexpr size_t kBytesAhead = 4096;
 
 // Products of rows with tokens: R rows x T tokens at a time, one vector of sums for each
 
-// The rows lie side by side; of as many that follow, `Ahead` from the one after `skip` on are asked for meanwhile.
+// `Ahead` rows from `next` on, side by side, are asked for meanwhile.
 template <typename Element, int R, int T, int Ahead>
 inline void rows_tile(const uint8_t* const* rows, int k, const float* x, size_t x_stride, float* y, size_t y_stride,
-                      int skip = 0) {
+                      const uint8_t* next = nullptr) {
   Floats acc[R][T];
   POWERINFER_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -57,7 +58,6 @@ inline void rows_tile(const uint8_t* const* rows, int k, const float* x, size_t 
   constexpr int kLine = 64 / Element::kBytes;
   int i = 0;
   const size_t row_bytes = static_cast<size_t>(k) * Element::kBytes;
-  const uint8_t* next = rows[R - 1] + (1 + skip) * row_bytes;
   for (; i + kLine <= k; i += kLine) {
     POWERINFER_UNROLL
     for (int r = 0; r < Ahead; ++r) prefetch_far(next + r * row_bytes + static_cast<size_t>(i) * Element::kBytes);
@@ -121,52 +121,25 @@ inline void quad(const uint8_t* const* rows, int count, const uint8_t* const* ah
   for (int r = 0; r < kQuad; ++r) y[r] = sum(acc[r]);
 }
 
-// A row and T tokens at a time, read as one stream: with one token that is a fifth faster than four streams side by side.
-template <typename Element, int T>
-inline void row_stream(const uint8_t* row, int k, const float* x, size_t x_stride, float* y, size_t y_stride) {
-  Floats acc[T];
-  POWERINFER_UNROLL
-  for (int t = 0; t < T; ++t) acc[t] = zero();
-  constexpr int kLine = 64 / Element::kBytes;
-  int i = 0;
-  for (; i + kLine <= k; i += kLine) {
-    prefetch_far(row + static_cast<size_t>(i) * Element::kBytes + kBytesAhead);
-    POWERINFER_UNROLL
-    for (int j = 0; j < kLine; j += 16) {
-      const Floats w = Element::at(row, i + j);
-      POWERINFER_UNROLL
-      for (int t = 0; t < T; ++t) acc[t] = fma(w, load(x + t * x_stride + i + j), acc[t]);
-    }
-  }
-  for (; i + 16 <= k; i += 16) {
-    const Floats w = Element::at(row, i);
-    POWERINFER_UNROLL
-    for (int t = 0; t < T; ++t) acc[t] = fma(w, load(x + t * x_stride + i), acc[t]);
-  }
-  if (i < k) {
-    const Floats w = Element::at(row, i, k - i);
-    POWERINFER_UNROLL
-    for (int t = 0; t < T; ++t) acc[t] = fma(w, load(x + t * x_stride + i, k - i), acc[t]);
-  }
-  POWERINFER_UNROLL
-  for (int t = 0; t < T; ++t) y[t * y_stride] = sum(acc[t]);
-}
-
 template <typename Element, int R, int T, int Ahead>
 inline void rows_block(const uint8_t* data, size_t row_bytes, int k, const float* x, size_t x_stride, float* y,
-                       size_t y_stride, int skip = 0) {
+                       size_t y_stride, const uint8_t* next = nullptr) {
   const uint8_t* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = data + r * row_bytes;
-  rows_tile<Element, R, T, Ahead>(rows, k, x, x_stride, y, y_stride, skip);
+  rows_tile<Element, R, T, Ahead>(rows, k, x, x_stride, y, y_stride, next);
 }
 
-// Four rows at a time, with up to 6 tokens and then with `Rest`, for which they are in the cache: more sums than registers
+// With one or two tokens a row at a time, as one stream: that is a fifth faster than four streams side by side. With more
+// four rows at a time, with up to 6 tokens and then with `Rest`, for which they are in the cache: more sums than registers
 // would be slow. Few tokens wait for memory, which is asked for ahead; the tiles of many find it in the cache.
 template <typename Element, int T, int Rest, bool Few>
 void rows_of_tokens(const uint8_t* data, size_t row_bytes, int rows, int k, const float* x, size_t x_stride, float* y,
                     size_t y_stride) {
   if constexpr (T <= 2) {
-    for (int r = 0; r < rows; ++r) row_stream<Element, T>(data + r * row_bytes, k, x, x_stride, y + r, y_stride);
+    for (int r = 0; r < rows; ++r) {
+      const uint8_t* at = data + r * row_bytes;
+      rows_block<Element, 1, T, 1>(at, row_bytes, k, x, x_stride, y + r, y_stride, at + kBytesAhead);
+    }
   } else {
     const float* x_rest = x + T * x_stride;
     float* y_rest = y + T * y_stride;
@@ -174,9 +147,11 @@ void rows_of_tokens(const uint8_t* data, size_t row_bytes, int rows, int k, cons
     int r = 0;
     for (; r + 4 <= rows; r += 4) {
       const uint8_t* at = data + r * row_bytes;
-      rows_block<Element, 4, T, kAhead>(at, row_bytes, k, x, x_stride, y + r, y_stride);
+      const uint8_t* next = at + 4 * row_bytes;
+      rows_block<Element, 4, T, kAhead>(at, row_bytes, k, x, x_stride, y + r, y_stride, next);
       if constexpr (Rest > 0)
-        rows_block<Element, 4, Rest, kAhead>(at, row_bytes, k, x_rest, x_stride, y_rest + r, y_stride, kAhead);
+        rows_block<Element, 4, Rest, kAhead>(at, row_bytes, k, x_rest, x_stride, y_rest + r, y_stride,
+                                             next + kAhead * row_bytes);
     }
     for (; r < rows; ++r) {
       const uint8_t* at = data + r * row_bytes;
