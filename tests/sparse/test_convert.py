@@ -751,7 +751,9 @@ def test_command(checkpoint, tmp_path, capsys):
         "threshold": -0.5,
         "file_bytes": output.stat().st_size,
     }
-    assert main(["convert", folder, "-o", str(output), *options, "--dense"]) == 0
+    assert main(["convert", folder, "-o", str(output), *options, "--dense"]) == 1
+    assert "a threshold, got -0.5, is for a sparse file" in capsys.readouterr().err
+    assert main(["convert", folder, "-o", str(output), *options[:4], "--dense"]) == 0
     assert "dense (GGUF), q4_0; 2 layers x 64, 128 neurons each" in capsys.readouterr().out
     assert File(output).magic == b"GGUF"
     assert main(["convert", folder, "-o", str(tmp_path / "nowhere" / "m.gguf")]) == 1
@@ -768,11 +770,11 @@ def test_the_benchmarks_models(tmp_path):
     assert 0.06 < report["active_share_f16"] < 0.15
 
 
-def test_sparse_imports_errors_and_config_alone():
+def test_sparse_imports_nothing_of_the_caches():
     code = (
         "import sys, vllm_powerquant.sparse.convert\n"
         "print(*sorted(name for name in sys.modules if name.startswith('vllm_powerquant.')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    allowed = ("vllm_powerquant.errors", "vllm_powerquant.config", "vllm_powerquant.sparse")
+    allowed = ("vllm_powerquant.errors", "vllm_powerquant.config", "vllm_powerquant.files", "vllm_powerquant.sparse")
     assert [name for name in done.stdout.split() if not name.startswith(allowed)] == []
