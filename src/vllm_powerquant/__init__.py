@@ -8,7 +8,16 @@ from __future__ import annotations
 import importlib
 from importlib import metadata
 
-_LAZY = {"PowerQuantConfig": "config", "PowerQuantError": "errors", "SparseEngine": "sparse.executor"}
+_LAZY = {
+    "MemoryReport": "hf",
+    "PowerQuantCache": "hf",
+    "PowerQuantConfig": "config",
+    "PowerQuantError": "errors",
+    "SparseEngine": "sparse.executor",
+    "check_model": "hf",
+    "patch": "hf",
+    "unpatch": "hf",
+}
 
 __all__ = ["__version__", *_LAZY]
 
