@@ -10,16 +10,18 @@ import argparse
 import sys
 
 from ..errors import PowerQuantError
-from . import calibrate, convert, info, predictor, relufy, serve
+from . import calibrate, codebook, completion, convert, info, predictor, relufy, serve
 
 # in the order of the help
 FAMILIES = (
     calibrate,
+    codebook,
     convert,
     relufy,
     predictor,
     serve,
     info,
+    completion,
 )
 
 

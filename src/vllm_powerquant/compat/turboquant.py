@@ -1,6 +1,6 @@
 """The names of the package turboquant 0.2.0: `from vllm_powerquant.compat.turboquant import TurboQuantMSE`.
 
-What differs from that package: rotation and codebooks are this package's, a randomized Hadamard transform and Lloyd-Max tables,
+What differs from that package: rotation and codebooks are this package's (randomized Hadamard transforms, Lloyd-Max tables),
 and so are head sizes and bits: 1 bit and other dimensions are refused.
 """
 
