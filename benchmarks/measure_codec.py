@@ -23,8 +23,8 @@ from vllm_powerquant.codec import Codec
 RESULTS = Path(__file__).parent / "results" / "codec"
 TOKENS, RANDOM_VECTORS = 1024, 200_000
 CODECS = [Codec(64, bits) for bits in (2, 3, 4, 8)] + [Codec(64, 2, "value"), Codec(64, 2, "value", "trellis")]
-# of the histograms, in units of a vector's root mean square
-EDGES = torch.linspace(-5, 5, 101)
+# of the histograms, in units of a vector's root mean square; 8 is the most that one of 64 coordinates can be
+EDGES = torch.linspace(-8, 8, 161)
 
 
 @dataclass(frozen=True)
