@@ -9,6 +9,7 @@ import importlib
 from importlib import metadata
 
 _LAZY = {
+    "Codec": "codec",
     "MemoryReport": "hf",
     "PowerQuantCache": "hf",
     "PowerQuantConfig": "config",
