@@ -6,9 +6,12 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +123,30 @@ def main(argv: list[str] | None = None) -> int:
     verb.set_defaults(run=_info)
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        with _sigterm_interrupts():
+            return args.run(args)
     except PowerQuantError as error:
         print(f"powerquant: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM is taken as Ctrl-C is: what is half written is removed, instead of left under a passing name."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _add_relufy(verbs: argparse._SubParsersAction) -> None:
