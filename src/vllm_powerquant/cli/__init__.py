@@ -7,7 +7,12 @@ Each module listed in FAMILIES has add(verbs), which adds its verbs' parsers; wh
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from ..errors import PowerQuantError
 from . import calibrate, codebook, completion, convert, info, predictor, relufy, serve
@@ -38,9 +43,27 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 refused or failed with one line of reason, 2 usage, 130 interrupted."""
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
+        with _sigterm_interrupts():
+            return args.run(args)
     except PowerQuantError as error:
         print(f"powerquant: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM is taken as Ctrl-C is: what is half written is removed, instead of left under a passing name."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
