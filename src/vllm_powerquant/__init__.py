@@ -8,7 +8,13 @@ from __future__ import annotations
 import importlib
 from importlib import metadata
 
-_LAZY = {"PowerQuantConfig": "config", "PowerQuantError": "errors", "SparseEngine": "sparse.executor"}
+_LAZY = {
+    "Engine": "engine",
+    "GenerationResult": "engine",
+    "PowerQuantConfig": "config",
+    "PowerQuantError": "errors",
+    "SparseEngine": "sparse.executor",
+}
 
 __all__ = ["__version__", *_LAZY]
 

@@ -1,0 +1,281 @@
+"""Answers from a Transformers model in this process, one token at a time, through a compressed cache."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ..attention.hf_cache import PowerQuantCache
+from ..calibration import first_line, load_calibration
+from ..errors import PowerQuantConfigError, PowerQuantError
+from ..sparse.protocols import Prompt
+from ..sparse.text import choose_device
+from .choose import Settings
+from .result import GenerationResult, Stopwatch
+from .sampling import Sampling
+from .text import Detokenizer, StopTexts
+
+try:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+    from transformers.cache_utils import Cache, DynamicCache
+except ImportError as error:
+    raise PowerQuantError(f"backend transformers: {error}; run: pip install 'vllm-powerquant[hf,model]'") from None
+
+_REMEDY = "give a checkpoint's folder or name"
+
+
+class TransformersBackend:
+    """A model, its tokenizer, and a new cache for each answer."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.device = choose_device(settings.device)
+        self.tokenizer = _load(AutoTokenizer, settings, {})
+        self.model = self._load_model()
+        # a cache that cannot be made for this model is refused now, not at the first answer
+        self.new_cache()
+        config = self.model.config.get_text_config()
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = {token for token in (*ends, self.tokenizer.eos_token_id) if token is not None}
+        # prefill makes one row of logits where the model can, not one a prompt token
+        takes = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self._last_logits = {"logits_to_keep": 1} if takes else {}
+
+    def _load_model(self) -> PreTrainedModel:
+        settings = self.settings
+        options: dict[str, Any] = {"dtype": settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)}
+        if settings.load_in_4bit or settings.load_in_8bit:
+            from transformers import BitsAndBytesConfig
+
+            compute = {"bnb_4bit_compute_dtype": torch.bfloat16} if settings.load_in_4bit else {}
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=settings.load_in_4bit, load_in_8bit=settings.load_in_8bit, **compute
+            )
+            options["device_map"] = {"": self.device}
+            return _load(AutoModelForCausalLM, settings, options).eval()
+        return _load(AutoModelForCausalLM, settings, options).eval().to(self.device)
+
+    def new_cache(self) -> Cache:
+        """Raises: PowerQuantConfigError, PowerQuantUnsupportedError if the options do not fit the model"""
+        return new_cache(self.model, self.settings)
+
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[str, None, GenerationResult]:
+        ids = self.encode(prompt)
+        limit = sampling.max_tokens
+        if self.context is not None:
+            if len(ids) >= self.context:
+                raise PowerQuantConfigError(
+                    f"the prompt has {len(ids)} tokens and the model's context is {self.context}, answer included; "
+                    "shorten the prompt"
+                )
+            limit = min(limit, self.context - len(ids))
+        before = _gpu_memory(self.device, reset_peak=True)
+        clock, cache = Stopwatch(), self.new_cache()
+        pieces, stops = self._detokenizer(), StopTexts(sampling.stop)
+        text, count, reason = [], 0, "length"
+        for token in self._tokens(ids, sampling, cache, limit):
+            clock.token()
+            count += 1
+            if token in self.ends and not sampling.ignore_eos:
+                reason = "stop"
+                break
+            piece = stops.add(pieces.add(token))
+            if piece:
+                text.append(piece)
+                yield from clock.handing_over(piece)
+            if stops.found:
+                reason = "stop"
+                break
+        seconds = clock.seconds
+        if not stops.found:
+            rest = stops.add(pieces.flush()) + stops.flush()
+            if rest:
+                text.append(rest)
+                yield rest
+            reason = "stop" if stops.found else reason
+        memory = _gpu_memory(self.device)
+        return GenerationResult(
+            text="".join(text),
+            backend="transformers",
+            model=self.settings.source.name,
+            finish_reason=reason,
+            prompt_tokens=len(ids),
+            completion_tokens=count,
+            seconds=seconds,
+            seconds_to_first_token=clock.first or seconds,
+            gpu_memory_before=before and before[0],
+            gpu_memory_peak=memory and memory[1],
+            gpu_memory_after=memory and memory[0],
+            **cache_figures(cache),
+        )
+
+    def batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[GenerationResult]:
+        return [_drained(self.stream(prompt, sampling)) for prompt in prompts]
+
+    def close(self) -> None:
+        self.model = self.tokenizer = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids. Raises: PowerQuantConfigError for messages that the template refuses, an id that does not exist, no
+        token at all"""
+        if prompt.messages is not None:
+            ids = self.tokenizer(self._rendered(prompt), add_special_tokens=False)["input_ids"]
+        elif prompt.token_ids is not None:
+            ids, size = list(prompt.token_ids), self.model.get_input_embeddings().num_embeddings
+            if wrong := [token for token in ids if not 0 <= token < size]:
+                raise PowerQuantConfigError(f"token ids must be from 0 to {size - 1}, got {wrong[0]}")
+        else:
+            ids = self.tokenizer(prompt.text, add_special_tokens=prompt.special_tokens)["input_ids"]
+        if not ids:
+            raise PowerQuantConfigError("the prompt is empty; give at least one token")
+        return ids
+
+    def _rendered(self, prompt: Prompt) -> str:
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.chat_template:
+            raise PowerQuantConfigError(
+                f"{self.settings.source.name} has no chat template; give `generate` a prompt as text"
+            )
+        try:
+            return self.tokenizer.apply_chat_template(
+                prompt.messages, tokenize=False, add_generation_prompt=prompt.add_generation_prompt
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise PowerQuantConfigError(f"the model's chat template refuses these messages: {first_line(error)}") from None
+
+    def _detokenizer(self) -> Detokenizer:
+        decode = self.tokenizer.decode
+        return Detokenizer(lambda ids: decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _tokens(self, ids: list[int], sampling: Sampling, cache: Cache, limit: int) -> Iterator[int]:
+        generator = None
+        if sampling.seed is not None:
+            generator = torch.Generator(self.device).manual_seed(sampling.seed)
+        seen = torch.tensor(ids, device=self.device)
+        feed = seen
+        for left in range(limit, 0, -1):
+            token = sample(self.logits(feed, cache)[-1], sampling, seen, generator)
+            yield int(token)
+            if left > 1:
+                feed, seen = token[None], torch.cat((seen, token[None])) if sampling.repetition_penalty != 1 else seen
+
+    @torch.inference_mode()
+    def logits(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Feed tokens [n] int64 -> logits [1 or n, vocabulary] fp32 of what follows the last of them."""
+        out = self.model(tokens[None], past_key_values=cache, use_cache=True, **self._last_logits)
+        return out.logits[0].float()
+
+
+def _load(kind: type, settings: Settings, options: dict[str, Any]) -> Any:
+    """Raises: PowerQuantConfigError if the checkpoint, or what it needs, is not there"""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    options = {**settings.options, **options}
+    if kind is AutoTokenizer:
+        options.pop("attn_implementation", None)
+    try:
+        return kind.from_pretrained(settings.source.path, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, json.JSONDecodeError) as error:
+        raise PowerQuantConfigError(f"cannot load {settings.source.path}: {first_line(error)}; {_REMEDY}") from None
+
+
+def new_cache(model: PreTrainedModel, settings: Settings) -> Cache:
+    """The cache of one answer."""
+    if not settings.compress:
+        return DynamicCache(config=model.config)
+    config, options = model.config.get_text_config(), settings.cache
+    heads = config.num_attention_heads
+    frames = None
+    if options.calibration:
+        calibration = load_calibration(options.calibration)
+        calibration.check(config, options.calibration)
+        frames = calibration.keys.frames()
+    return PowerQuantCache(
+        config.num_hidden_layers,
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+        key_bits=options.key_bits,
+        value_bits=options.value_bits,
+        value_codec=options.value_codec if options.value_bits == 2 else "scalar",
+        residual_tokens=options.residual_tokens,
+        sink_tokens=options.sink_tokens,
+        protected_layers=options.protected_layers,
+        key_frames=frames,
+    )
+
+
+def cache_figures(cache: Cache) -> dict[str, Any]:
+    """GenerationResult's fields of the cache."""
+    length = cache.get_seq_length()
+    if not isinstance(cache, PowerQuantCache):
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        return {
+            "kv_bytes": held,
+            "uncompressed_kv_bytes": held,
+            "tokens_compressed": 0,
+            "tokens_exact": length,
+            "attention": "exact",
+        }
+    exact = min(length, cache.layers[0].residual_tokens + cache.layers[0].sink_tokens)
+    return {
+        "kv_bytes": cache.held_bytes(),
+        "uncompressed_kv_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
+        "tokens_compressed": length - exact,
+        "tokens_exact": exact,
+        "attention": "dequantized",
+    }
+
+
+def sample(
+    logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """One token id [] int64 of logits [vocabulary] fp32.
+
+    Args: seen: ids of the prompt and the answer so far, for the repetition penalty
+    """
+    if sampling.repetition_penalty != 1:
+        old = logits[seen]
+        logits = logits.clone()
+        logits[seen] = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
+    if sampling.greedy:
+        return logits.argmax()
+    logits = logits / sampling.temperature
+    if sampling.min_p > 0:
+        probabilities = logits.softmax(-1)
+        logits = logits.masked_fill(probabilities < sampling.min_p * probabilities.max(), float("-inf"))
+    if 0 < sampling.top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
+    if sampling.top_p < 1:
+        probabilities, order = logits.softmax(-1).sort(descending=True)
+        # a token is kept while those before it have less than top_p together
+        dropped = order[probabilities.cumsum(-1) - probabilities >= sampling.top_p]
+        logits = logits.index_fill(0, dropped, float("-inf"))
+    return logits.softmax(-1).multinomial(1, generator=generator)[0]
+
+
+def _drained(pieces: Generator[str, None, GenerationResult]) -> GenerationResult:
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return end.value
+
+
+def _gpu_memory(device: torch.device, reset_peak: bool = False) -> tuple[int, int] | None:
+    """(bytes that PyTorch holds, their most so far); None without a GPU."""
+    if device.type != "cuda":
+        return None
+    if reset_peak:
+        torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
