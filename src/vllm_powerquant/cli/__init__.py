@@ -1,0 +1,44 @@
+"""The `powerquant` command: parses, calls, prints.
+
+Each module listed in FAMILIES has add(verbs), which adds its verbs' parsers; what a verb runs is its parser's default
+`run`, args -> exit code. Modules import what they run only when it runs, so that `powerquant --help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ..errors import PowerQuantError
+from . import calibrate, convert, info, predictor, relufy, serve
+
+# in the order of the help
+FAMILIES = (
+    calibrate,
+    convert,
+    relufy,
+    predictor,
+    serve,
+    info,
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(prog="powerquant", description="KV-cache compression and sparse inference.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for family in FAMILIES:
+        family.add(verbs)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 refused or failed with one line of reason, 2 usage, 130 interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except PowerQuantError as error:
+        print(f"powerquant: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,7 @@
+"""`python -m vllm_powerquant.cli`."""
+
+import sys
+
+from . import main
+
+sys.exit(main())
