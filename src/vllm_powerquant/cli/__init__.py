@@ -7,13 +7,16 @@ Each module listed in FAMILIES has add(verbs), which adds its verbs' parsers; wh
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from ..errors import PowerQuantError
-from . import calibrate, convert, info, predictor, relufy, serve
+from . import calibrate, chat, convert, generate, info, predictor, relufy, serve
 
 # in the order of the help
 FAMILIES = (
+    generate,
+    chat,
     calibrate,
     convert,
     relufy,
@@ -33,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 refused or failed with one line of reason, 2 usage, 130 interrupted."""
+    """Exit code: 0 done, 1 refused or failed with one line of reason, 2 usage, 130 interrupted, 141 nobody reads the output."""
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
@@ -42,3 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # whoever read our output has ended; nor may the interpreter try to write the rest when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

@@ -52,11 +52,9 @@ class GenerationResult:
     def summary(self) -> str:
         """One line."""
         rate = f", {self.tokens_per_second:.1f} tokens/s" if self.tokens_per_second else ""
-        line = (
-            f"{self.completion_tokens} tokens in {self.seconds:.2f} s (first after {self.seconds_to_first_token:.2f} s{rate})"
-        )
+        line = f"{self.completion_tokens} tokens in {self.seconds:.2f} s (first after {self.seconds_to_first_token:.2f} s{rate})"
         if self.compression_ratio:
-            line += f"; KV cache {_megabytes(self.kv_bytes)}, {self.compression_ratio:.2f} times less than uncompressed"
+            line += f"; KV cache {megabytes(self.kv_bytes)}, {_times(self.compression_ratio)} uncompressed"
         return line
 
     def rows(self) -> list[tuple[str, str]]:
@@ -71,14 +69,14 @@ class GenerationResult:
             ("in all", f"{self.seconds:.3f} s"),
         ]
         if self.kv_bytes is not None:
-            ratio = f" ({self.compression_ratio:.2f} times less)" if self.compression_ratio else ""
-            whole = f", uncompressed {_megabytes(self.uncompressed_kv_bytes)}" if self.uncompressed_kv_bytes else ""
-            rows.append(("KV cache", f"{_megabytes(self.kv_bytes)}{whole}{ratio}"))
+            ratio = self.compression_ratio
+            beside = f", {_times(ratio)} uncompressed ({megabytes(self.uncompressed_kv_bytes)})" if ratio else ""
+            rows.append(("KV cache", f"{megabytes(self.kv_bytes)}{beside}"))
         if self.tokens_compressed is not None:
             rows.append(("tokens in it", f"{self.tokens_compressed} compressed, {self.tokens_exact} exact"))
         rows.append(("attention", self.attention or ""))
         if self.gpu_memory_peak is not None:
-            before, peak, after = map(_megabytes, (self.gpu_memory_before, self.gpu_memory_peak, self.gpu_memory_after))
+            before, peak, after = map(megabytes, (self.gpu_memory_before, self.gpu_memory_peak, self.gpu_memory_after))
             rows.append(("GPU memory", f"{before} before, {peak} at its peak, {after} after"))
         return [(name, figure) for name, figure in rows if figure]
 
@@ -88,8 +86,13 @@ class GenerationResult:
             print(f"{name + ':':<14}{figure}", file=file or sys.stdout)
 
 
-def _megabytes(count: int) -> str:
+def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count < 1e8 else f"{count / 1e6:,.0f} MB"
+
+
+def _times(ratio: float) -> str:
+    # a short answer's exact rows and tables may take more than they save
+    return f"{ratio:.2f} times less than" if ratio >= 1 else f"{1 / ratio:.2f} times as much as"
 
 
 class TextStream(Iterator[str]):

@@ -15,6 +15,7 @@ from ..calibration import first_line, load_calibration
 from ..errors import PowerQuantConfigError, PowerQuantError
 from ..sparse.protocols import Prompt
 from ..sparse.text import choose_device
+from .chat import render
 from .choose import Settings
 from .result import GenerationResult, Stopwatch
 from .sampling import Sampling
@@ -129,7 +130,8 @@ class TransformersBackend:
         """Token ids. Raises: PowerQuantConfigError for messages that the template refuses, an id that does not exist, no
         token at all"""
         if prompt.messages is not None:
-            ids = self.tokenizer(self._rendered(prompt), add_special_tokens=False)["input_ids"]
+            text = render(self.tokenizer, prompt.messages, prompt.add_generation_prompt, self.settings.source.name)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         elif prompt.token_ids is not None:
             ids, size = list(prompt.token_ids), self.model.get_input_embeddings().num_embeddings
             if wrong := [token for token in ids if not 0 <= token < size]:
@@ -139,20 +141,6 @@ class TransformersBackend:
         if not ids:
             raise PowerQuantConfigError("the prompt is empty; give at least one token")
         return ids
-
-    def _rendered(self, prompt: Prompt) -> str:
-        from jinja2 import TemplateError
-
-        if not self.tokenizer.chat_template:
-            raise PowerQuantConfigError(
-                f"{self.settings.source.name} has no chat template; give `generate` a prompt as text"
-            )
-        try:
-            return self.tokenizer.apply_chat_template(
-                prompt.messages, tokenize=False, add_generation_prompt=prompt.add_generation_prompt
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise PowerQuantConfigError(f"the model's chat template refuses these messages: {first_line(error)}") from None
 
     def _detokenizer(self) -> Detokenizer:
         decode = self.tokenizer.decode
