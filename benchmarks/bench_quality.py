@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from vllm_powerquant import quality
 from vllm_powerquant.attention.cache_format import CacheFormat
-from vllm_powerquant.attention.hf_cache import PowerQuantCache
+from vllm_powerquant.attention.reference_cache import ReferenceCache
 from vllm_powerquant.calibration import KeyStatistics, ModelShape, key_statistics
 from vllm_powerquant.codebooks.tables import load_codebook
 from vllm_powerquant.errors import PowerQuantError, PowerQuantUnsupportedError
@@ -233,7 +233,7 @@ def needles(loaded, filler: list[int], tokens: int, keys, args: argparse.Namespa
         print(f"{name:32}{found} of {len(answers)}, {nll:.2f}", flush=True)
 
 
-def make_cache(model, name: str, keys: KeyStatistics | None, seed: int) -> PowerQuantCache:
+def make_cache(model, name: str, keys: KeyStatistics | None, seed: int) -> ReferenceCache:
     shape = ModelShape.of(model.config.get_text_config())
     options = dict((CONFIGURATIONS | LEVERS)[name])
     if options.pop("calibrated", False):
@@ -243,7 +243,7 @@ def make_cache(model, name: str, keys: KeyStatistics | None, seed: int) -> Power
     options["layer_bits"] = layer_bits(options.pop("layers", {}), shape.layers)
     if options.get("value_bits", 2) != 2:
         options.pop("value_codec", None)
-    return PowerQuantCache(shape.layers, shape.head_size, seed=seed, **options)
+    return ReferenceCache(shape.layers, shape.head_size, seed=seed, **options)
 
 
 def layer_bits(ranges: dict, layers: int) -> dict[int, tuple[int, int]]:

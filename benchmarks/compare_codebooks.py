@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from vllm_powerquant import quality
 from vllm_powerquant.attention.cache_format import CacheFormat
-from vllm_powerquant.attention.hf_cache import PowerQuantCache
 from vllm_powerquant.attention.reference import in_frame
+from vllm_powerquant.attention.reference_cache import ReferenceCache
 from vllm_powerquant.attention.rotation import rotate
 from vllm_powerquant.calibration import ModelShape, key_statistics, watched_attention
 from vllm_powerquant.codebooks.attention_aware import AttentionSamples, attention_kl
@@ -128,10 +128,10 @@ def capture(
     )
 
 
-def cache_with(model, codebook: Codebook, frames: torch.Tensor | None, seed: int) -> PowerQuantCache:
+def cache_with(model, codebook: Codebook, frames: torch.Tensor | None, seed: int) -> ReferenceCache:
     shape = ModelShape.of(model.config.get_text_config())
     options = {"residual_tokens": 0, "sink_tokens": SINKS, "key_frames": frames, "seed": seed}
-    cache = PowerQuantCache(shape.layers, shape.head_size, key_bits=codebook.bits, value_bits=8, **options)
+    cache = ReferenceCache(shape.layers, shape.head_size, key_bits=codebook.bits, value_bits=8, **options)
     for layer in cache.layers:
         layer.format = CodebookFormat(codebook, 8)
     return cache

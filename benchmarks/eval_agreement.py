@@ -50,7 +50,7 @@ def library_kl(model: str, rows: np.ndarray, prompt_tokens: int, environments: d
     from transformers import AutoModelForCausalLM
 
     from vllm_powerquant import quality
-    from vllm_powerquant.attention.hf_cache import PowerQuantCache
+    from vllm_powerquant.attention.reference_cache import ReferenceCache
     from vllm_powerquant.calibration import Calibration, ModelShape
     from vllm_powerquant.config import PowerQuantConfig
 
@@ -62,7 +62,7 @@ def library_kl(model: str, rows: np.ndarray, prompt_tokens: int, environments: d
         for name, environment in environments.items():
             config = PowerQuantConfig.from_sources(environment)
             frames = Calibration.load(config.calibration).keys.frames() if config.calibration else None
-            cache = PowerQuantCache(
+            cache = ReferenceCache(
                 shape.layers,
                 shape.head_size,
                 config.key_bits,

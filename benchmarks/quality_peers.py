@@ -67,7 +67,7 @@ class Codec:
 
 
 class CodecLayer(DynamicLayer):
-    """One layer whose tokens become what their codec makes of them once they leave the window; PowerQuantLayer's rule.
+    """One layer whose tokens become what their codec makes of them once they leave the window; ReferenceLayer's rule.
 
     A chunk is exact for its own queries, and so are the window - 1 tokens before it.
     """

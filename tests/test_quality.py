@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 from vllm_powerquant import quality
 from vllm_powerquant.attention.cache_format import CacheFormat
-from vllm_powerquant.attention.hf_cache import PowerQuantCache
+from vllm_powerquant.attention.reference_cache import ReferenceCache
 from vllm_powerquant.codebooks.tables import load_codebook
 from vllm_powerquant.errors import PowerQuantConfigError
 
@@ -86,7 +86,7 @@ def segment(model):
 
 def cache_of(model, **options):
     config = model.config
-    return lambda: PowerQuantCache(config.num_hidden_layers, config.head_dim, **options)
+    return lambda: ReferenceCache(config.num_hidden_layers, config.head_dim, **options)
 
 
 @pytest.mark.slow

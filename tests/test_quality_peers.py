@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache  # noqa: E402
 
 from vllm_powerquant import quality  # noqa: E402
 from vllm_powerquant.attention.cache_format import CacheFormat  # noqa: E402
-from vllm_powerquant.attention.hf_cache import PowerQuantLayer  # noqa: E402
+from vllm_powerquant.attention.reference_cache import ReferenceLayer  # noqa: E402
 from vllm_powerquant.errors import PowerQuantError, PowerQuantUnsupportedError  # noqa: E402
 
 IDENTITY, ZERO = Codec(lambda x: x.float(), 20), Codec(torch.zeros_like, 10)
@@ -75,9 +75,9 @@ def test_a_cache_without_layers_is_masked_as_its_tokens_need(model, segment):
 
 @pytest.mark.parametrize("window", [0, 1, 128])
 def test_a_token_is_packed_when_ours_is(window):
-    """The common layer's window against PowerQuantLayer's: which positions differ from what was given, chunk after chunk."""
+    """The common layer's window against ReferenceLayer's: which positions differ from what was given, chunk after chunk."""
     generator = torch.Generator().manual_seed(2)
-    ours, theirs = PowerQuantLayer(CacheFormat(64), window, 0), CodecLayer(ZERO, ZERO, window)
+    ours, theirs = ReferenceLayer(CacheFormat(64), window, 0), CodecLayer(ZERO, ZERO, window)
     given = torch.empty(1, 1, 0, 64)
     for n in (100, 60, 1, 1, 90):
         chunk = torch.randn(1, 1, n, 64, generator=generator)

@@ -11,9 +11,14 @@ from importlib import metadata
 _LAZY = {
     "Engine": "engine",
     "GenerationResult": "engine",
+    "MemoryReport": "hf",
+    "PowerQuantCache": "hf",
     "PowerQuantConfig": "config",
     "PowerQuantError": "errors",
     "SparseEngine": "sparse.executor",
+    "check_model": "hf",
+    "patch": "hf",
+    "unpatch": "hf",
 }
 
 __all__ = ["__version__", *_LAZY]

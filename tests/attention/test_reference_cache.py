@@ -8,8 +8,8 @@ pytest.importorskip("transformers")
 from helpers import key_frame
 from vllm_powerquant.attention import reference
 from vllm_powerquant.attention.cache_format import CacheFormat
-from vllm_powerquant.attention.hf_cache import PowerQuantCache, PowerQuantLayer
 from vllm_powerquant.attention.qjl import ResidualSketch
+from vllm_powerquant.attention.reference_cache import ReferenceCache, ReferenceLayer
 from vllm_powerquant.attention.rotation import hadamard_transform
 from vllm_powerquant.errors import PowerQuantConfigError, PowerQuantUnsupportedError
 
@@ -32,7 +32,7 @@ def test_chunks_are_attended_as_the_reference_attends(framed, residual_tokens, s
     """Chunk after chunk, the same window, sinks and packed tokens as reference.attend's."""
     cache_format, lengths = CacheFormat(64), [70, 1, 1, 90, 3]
     frame = key_frame(2, 64) if framed else None
-    layer = PowerQuantLayer(cache_format, residual_tokens, sink_tokens, frame)
+    layer = ReferenceLayer(cache_format, residual_tokens, sink_tokens, frame)
     pages = torch.zeros(3, 2, 128, cache_format.layout.slot_bytes, dtype=torch.uint8)
     exact = torch.zeros(13, 2, 16, 128)
     table, exact_table, length = torch.tensor([2, 1]), torch.arange(1, 13), 0
@@ -54,7 +54,7 @@ def test_chunks_are_attended_as_the_reference_attends(framed, residual_tokens, s
 
 
 def test_a_protected_layer_keeps_every_token():
-    layer, given = PowerQuantLayer(None), chunks([300, 7])
+    layer, given = ReferenceLayer(None), chunks([300, 7])
     for key, value in given:
         keys, values = layer.update(key, value)
     assert torch.equal(keys, torch.cat([k for k, _ in given], 2)) and torch.equal(
@@ -66,7 +66,7 @@ def test_every_seed_is_another_rotation_of_the_same_error():
     key, value = chunks([512])[0]
     errors, packed = [], []
     for seed in range(3):
-        layer = PowerQuantCache(1, 64, residual_tokens=0, sink_tokens=0, seed=seed).layers[0]
+        layer = ReferenceCache(1, 64, residual_tokens=0, sink_tokens=0, seed=seed).layers[0]
         layer.update(key, value)
         keys, _ = layer.update(key[:, :, :1], value[:, :, :1])
         errors.append(float((keys[:, :, :512] - key).square().mean() / key.square().mean()))
@@ -76,7 +76,7 @@ def test_every_seed_is_another_rotation_of_the_same_error():
 
 
 def test_held_bytes_count_slots_and_exact_rows():
-    cache = PowerQuantCache(4, 64, protected_layers=1)
+    cache = ReferenceCache(4, 64, protected_layers=1)
     for layer in cache.layers:
         layer.update(*chunks([1000])[0])
     slot, row = 2 * CacheFormat(64).layout.slot_bytes, 2 * 2 * 64 * 4
@@ -105,8 +105,8 @@ def test_sketch_estimates_inner_products_without_bias(bits):
 @pytest.mark.parametrize("framed", [False, True])
 def test_sketched_keys_are_packed_keys_and_the_estimate_of_their_residual(framed):
     frame, (key, value) = key_frame(2, 64) if framed else None, chunks([40])[0]
-    plain = PowerQuantLayer(CacheFormat(64, 3, 2), 0, 0, frame)
-    sketched = PowerQuantLayer(CacheFormat(64, 3, 2), 0, 0, frame, sketch=ResidualSketch(64))
+    plain = ReferenceLayer(CacheFormat(64, 3, 2), 0, 0, frame)
+    sketched = ReferenceLayer(CacheFormat(64, 3, 2), 0, 0, frame, sketch=ResidualSketch(64))
     for layer in (plain, sketched):
         layer.update(key, value)
         layer.update(*chunks([1], seed=1)[0])
@@ -120,7 +120,7 @@ def test_sketched_keys_are_packed_keys_and_the_estimate_of_their_residual(framed
 
 
 def test_held_bytes_count_sketches():
-    caches = [PowerQuantCache(2, 64, key_bits=3, qjl_bits=bits) for bits in (0, 1, 2)]
+    caches = [ReferenceCache(2, 64, key_bits=3, qjl_bits=bits) for bits in (0, 1, 2)]
     for cache in caches:
         for layer in cache.layers:
             layer.update(*chunks([1000])[0])
@@ -133,11 +133,11 @@ def test_held_bytes_count_sketches():
 @pytest.mark.parametrize("bits", [-1, 9, 1.0, True, "1"])
 def test_sketch_bits_outside_are_refused(bits):
     with pytest.raises(PowerQuantConfigError, match="qjl_bits must be 0 .* to 8, got"):
-        PowerQuantCache(1, 64, qjl_bits=bits)
+        ReferenceCache(1, 64, qjl_bits=bits)
 
 
 def test_crop_forgets_the_last_tokens():
-    layer, (key, value) = PowerQuantLayer(CacheFormat(64), 16, 0), chunks([200])[0]
+    layer, (key, value) = ReferenceLayer(CacheFormat(64), 16, 0), chunks([200])[0]
     layer.update(key, value)
     layer.crop(-50)
     keys, _ = layer.update(key[:, :, :1], value[:, :, :1])
@@ -148,21 +148,21 @@ def test_crop_forgets_the_last_tokens():
 
 
 def test_sequences_are_chosen_and_repeated_with_their_packed_slots():
-    layer, (key, value) = PowerQuantLayer(CacheFormat(64), 16, 4), chunks([100], batch=3)[0]
+    layer, (key, value) = ReferenceLayer(CacheFormat(64), 16, 4), chunks([100], batch=3)[0]
     layer.update(key, value)
     layer.reorder_cache(torch.tensor([2, 0, 2]))
     layer.batch_select_indices(torch.tensor([0, 1]))
     layer.batch_repeat_interleave(2)
     keys, values = layer.update(key[:1, :, :1].repeat(4, 1, 1, 1), value[:1, :, :1].repeat(4, 1, 1, 1))
     for row, source in enumerate((2, 2, 0, 0)):
-        alone = PowerQuantLayer(CacheFormat(64), 16, 4)
+        alone = ReferenceLayer(CacheFormat(64), 16, 4)
         alone.update(key[source : source + 1], value[source : source + 1])
         want_keys, want_values = alone.update(key[:1, :, :1], value[:1, :, :1])
         assert torch.equal(keys[row], want_keys[0]) and torch.equal(values[row], want_values[0])
 
 
 def test_what_would_leave_the_slots_behind_is_refused():
-    layer = PowerQuantLayer(CacheFormat(64))
+    layer = ReferenceLayer(CacheFormat(64))
     layer.update(*chunks([3])[0])
     with pytest.raises(PowerQuantUnsupportedError, match="not by assignment"):
         layer.keys = layer.keys[:, :, :1]
@@ -179,14 +179,14 @@ def hadamard_error(x: torch.Tensor) -> float:
 
 
 def test_layers_of_other_bits():
-    cache = PowerQuantCache(4, 64, value_codec="trellis", layer_bits={0: (8, 3), -1: (3, 2)})
+    cache = ReferenceCache(4, 64, value_codec="trellis", layer_bits={0: (8, 3), -1: (3, 2)})
     formats = [layer.format for layer in cache.layers]
     trellis = CacheFormat(64, 4, 2, "trellis")
     assert formats == [CacheFormat(64, 8, 3), trellis, trellis, CacheFormat(64, 3, 2, "trellis")]
     with pytest.raises(PowerQuantConfigError, match="layer_bits must name layers from -4 to 3, got 4"):
-        PowerQuantCache(4, 64, layer_bits={4: (4, 4)})
+        ReferenceCache(4, 64, layer_bits={4: (4, 4)})
     for twice in ({0: (4, 4), -4: (4, 3)}, {3: (4, 4)}):
         with pytest.raises(PowerQuantConfigError, match="which is protected or named twice"):
-            PowerQuantCache(4, 64, protected_layers=len(twice) % 2, layer_bits=twice)
+            ReferenceCache(4, 64, protected_layers=len(twice) % 2, layer_bits=twice)
     with pytest.raises(PowerQuantConfigError, match="key_bits must be 2, 3, 4 or 8, got 5"):
-        PowerQuantCache(4, 64, layer_bits={0: (5, 2)})
+        ReferenceCache(4, 64, layer_bits={0: (5, 2)})

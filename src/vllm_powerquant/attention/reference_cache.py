@@ -21,7 +21,7 @@ from .rotation import unrotate
 _GROWTH = 256  # tokens by which buffers grow, at least
 
 
-class PowerQuantLayer(CacheLayerMixin):
+class ReferenceLayer(CacheLayerMixin):
     """One layer's packed keys and values, and the buffer that attention reads.
 
     Args: cache_format: None keeps every token exact (a protected layer); residual_tokens, sink_tokens: as in vLLM's options;
@@ -152,7 +152,7 @@ class PowerQuantLayer(CacheLayerMixin):
     def _only_none(tensor: torch.Tensor | None) -> None:
         # the base class starts with None; what it does to keys and values later would leave the packed slots behind
         if tensor is not None:
-            raise PowerQuantUnsupportedError("a PowerQuantLayer's keys and values come through update(), not by assignment")
+            raise PowerQuantUnsupportedError("a ReferenceLayer's keys and values come through update(), not by assignment")
 
     def get_seq_length(self) -> int:
         return self.length
@@ -185,7 +185,7 @@ class PowerQuantLayer(CacheLayerMixin):
             self._keys, self._values, self.packed = (x.repeat_interleave(repeats, dim=0) for x in rows)
 
     def offload(self) -> None:
-        raise PowerQuantUnsupportedError("a PowerQuantCache stays on its device; use it without offloading")
+        raise PowerQuantUnsupportedError("a ReferenceCache stays on its device; use it without offloading")
 
     def held_bytes(self) -> int:
         """Bytes that a cache of this layer has to hold: a packed slot a token, and the exact rows of window and sinks."""
@@ -199,8 +199,8 @@ class PowerQuantLayer(CacheLayerMixin):
         return batch * heads * (self.length * self.slot_bytes + exact * row)
 
 
-class PowerQuantCache(Cache):
-    """A PowerQuantLayer for every layer of a model.
+class ReferenceCache(Cache):
+    """A ReferenceLayer for every layer of a model.
 
     Args: num_layers; head_size; protected_layers: so many first and last layers keep every token exact; key_frames: one
           [num_kv_heads, 3, head_size] fp32 a layer; seed: of a rotation other than the shipped one (0); qjl_bits: sign
@@ -241,7 +241,7 @@ class PowerQuantCache(Cache):
             signs = torch.randint(0, 2, (head_size,), generator=generator).float() * 2 - 1
         sketch = ResidualSketch(head_size, qjl_bits) if qjl_bits != 0 else None
         layers = [
-            PowerQuantLayer(
+            ReferenceLayer(
                 formats[i] if protected_layers <= i < num_layers - protected_layers else None,
                 residual_tokens,
                 sink_tokens,

@@ -1,0 +1,111 @@
+"""`attn_implementation="powerquant"`: Transformers attention over the packed pages of a PowerQuantCache.
+
+A packed layer's `update` returns the new keys and values alone, marked with the layer; the attention function finds the mark
+and has the layer attend. Where there is none (no cache, another cache, a layer whose tokens are exact) it is Transformers'
+own scaled-dot-product attention. Import registers both functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import PowerQuantUnsupportedError
+from .cache import FUSED
+
+# what packed attention would have to do otherwise; each is an argument that models pass to their attention
+_UNSUPPORTED = {"softcap": "a logit soft cap", "s_aux": "learned sink logits", "position_bias": "a position bias"}
+
+
+@torch.compiler.disable
+def powerquant_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Args:    query [batch, num_heads, n, head_size]; key, value [batch, num_kv_heads, n or positions, head_size];
+                attention_mask: what powerquant_mask made
+    Returns: [batch, n, num_heads, head_size], None
+
+    Raises: PowerQuantUnsupportedError for what packed attention cannot do, by name
+    """
+    layer = getattr(key, "powerquant_layer", None)
+    for name, what in _UNSUPPORTED.items():
+        if kwargs.get(name) is not None:
+            raise PowerQuantUnsupportedError(
+                f"attn_implementation='powerquant' has no {what}, which {type(module).__name__} asks for; use "
+                "attn_implementation='eager'"
+            )
+    if layer is None:
+        make = getattr(attention_mask, "powerquant_mask", None)
+        mask = attention_mask if make is None else make()
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+    if module.training and torch.is_grad_enabled():
+        raise PowerQuantUnsupportedError("a packed cache has no gradients; call model.eval(), or train without a cache")
+    if attention_mask is not None and not hasattr(attention_mask, "powerquant_mask"):
+        raise PowerQuantUnsupportedError(
+            f"packed attention is causal over tokens that are not padding, got a mask of {list(attention_mask.shape)}; use "
+            "attn_implementation='sdpa'"
+        )
+    if attention_mask is not None and not attention_mask.powerquant_causal:
+        raise PowerQuantUnsupportedError(
+            f"packed attention is plainly causal, {type(module).__name__} asks for another mask (blocks that see each "
+            "other, or sequences side by side); use attn_implementation='sdpa'"
+        )
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise PowerQuantUnsupportedError("packed attention is causal; use attn_implementation='sdpa' for this model")
+    window = kwargs.get("sliding_window")
+    if window is not None and layer.rows.length + key.shape[2] > window:
+        raise PowerQuantUnsupportedError(
+            f"packed attention has no sliding window ({window} here, of a layer that the cache takes for full attention); "
+            "use attn_implementation='sdpa'"
+        )
+    padding = None if attention_mask is None else attention_mask.powerquant_padding
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return layer.attend(query, key, value, scale, padding), None
+
+
+@torch.compiler.disable
+def powerquant_mask(
+    *args: Any,
+    attention_mask: torch.Tensor | None = None,
+    mask_function: Callable = causal_mask_function,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor:
+    """A stand-in for the mask: packed attention needs to know of padding alone, and the whole mask may be large.
+
+    Returns: an empty tensor with `powerquant_padding` [batch, positions] bool or None, `powerquant_causal`: whether nothing
+             but causality and padding is asked for, and `powerquant_mask()`, which makes what sdpa_mask would have, once
+    """
+    made: list[torch.Tensor | None] = []
+
+    def make() -> torch.Tensor | None:
+        if not made:
+            mask = sdpa_mask(*args, attention_mask=attention_mask, mask_function=mask_function, device=device, **kwargs)
+            made.append(mask)
+        return made[0]
+
+    stand_in = torch.empty(0, device=device)
+    stand_in.powerquant_padding = attention_mask
+    stand_in.powerquant_causal = mask_function is causal_mask_function
+    stand_in.powerquant_mask = make
+    return stand_in
+
+
+def _register(functions: Any, function: Callable) -> None:
+    functions.register(FUSED, function)
+
+
+_register(ALL_ATTENTION_FUNCTIONS, powerquant_attention)
+_register(ALL_MASK_ATTENTION_FUNCTIONS, powerquant_mask)

@@ -1,0 +1,321 @@
+"""PowerQuantCache: a cache for Transformers' `generate` and `forward` that holds packed keys and values."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from ..attention.cache_format import SCALAR, CacheFormat
+from ..calibration import ModelShape, load_calibration
+from ..config import PowerQuantConfig
+from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
+from .layer import PackedLayer
+from .sequences import Window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+FUSED = "powerquant"  # the attn_implementation that attends to packed pages
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes that one layer's tensors hold. kind: packed, exact (protected), sliding or other (linear attention, ...)"""
+
+    kind: str
+    tokens: int  # of all rows of the batch
+    packed_bytes: int = 0  # pages
+    exact_bytes: int = 0  # window and sinks; or all there is
+    buffer_bytes: int = 0  # decoded copies, without fused attention
+    table_bytes: int = 0  # centres and scales of calibrated keys
+    uncompressed_bytes: int = 0  # of a DynamicCache's layer for the same tokens
+
+    @property
+    def total_bytes(self) -> int:
+        return self.packed_bytes + self.exact_bytes + self.buffer_bytes + self.table_bytes
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What a cache holds, in bytes of its tensors, beside a DynamicCache's for the same positions.
+
+    path: "fused": attention reads packed pages; "dequantized": it reads `buffer_bytes` of decoded copies, which are held as
+    well; "none": nothing was cached yet. tokens_packed: read as packed codes in the next step; tokens_exact: the others;
+    both of all rows, in packed layers alone.
+    """
+
+    path: str
+    tokens: int
+    tokens_packed: int
+    tokens_exact: int
+    packed_bytes: int
+    exact_bytes: int
+    buffer_bytes: int
+    table_bytes: int
+    uncompressed_bytes: int
+    layers: tuple[LayerMemory, ...] = dataclasses.field(repr=False)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.packed_bytes + self.exact_bytes + self.buffer_bytes + self.table_bytes
+
+    @property
+    def ratio(self) -> float | None:
+        """Uncompressed bytes over those held; None while nothing is."""
+        return self.uncompressed_bytes / self.total_bytes if self.total_bytes else None
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self)
+        layers = fields.pop("layers")
+        return {**fields, "total_bytes": self.total_bytes, "ratio": self.ratio, "layers": list(layers)}
+
+    def __str__(self) -> str:
+        if not self.total_bytes:
+            return "KV cache: empty"
+        kinds = [layer.kind for layer in self.layers]
+        layers = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        lines = [
+            f"KV cache: {self.tokens:,} tokens in {_mib(self.total_bytes)}, uncompressed {_mib(self.uncompressed_bytes)} "
+            f"({self.ratio:.2f} times)",
+            f"  packed {_mib(self.packed_bytes)}, exact {_mib(self.exact_bytes)}, layers: {layers}",
+        ]
+        if self.path == "fused":
+            lines.append("  attention reads the packed pages")
+        elif self.path == "dequantized":
+            lines.append(
+                f"  attention reads decoded copies, {_mib(self.buffer_bytes)}: attn_implementation='powerquant' does without"
+            )
+        return "\n".join(lines)
+
+
+def _mib(n: int) -> str:
+    return f"{n / 2**20:.2f} MiB"
+
+
+class PowerQuantCache(Cache):
+    """Keys of 4 bits and values of 2, rotated, with the newest and the first tokens of each row exact.
+
+    With `attn_implementation="powerquant"` (or after `patch(model)`) attention reads the packed pages and nothing else is
+    held; with any other the cache decodes what leaves the window into buffers, O(new tokens) a step, which costs more memory
+    than it saves: `memory_report()` says which of both it was. Layers with a sliding window keep their few tokens exact, as
+    Transformers' own cache does; so do protected layers, all their tokens; linear attention has its usual state.
+
+    Args: model: the model, or its config. With a model, attention masks are seen, so that padding is never stored and each
+              row's first tokens are its sinks; with a config alone that is so with fused attention only
+          key_bits, value_bits: 2, 3, 4 or 8; value_codec: "scalar" or, for 2-bit values, "trellis" (a fifth less error)
+          residual_tokens: newest tokens kept exact; sink_tokens: first tokens kept exact
+          protected_layers: so many first and as many last layers stay exact; or a list of layers, negative from the end
+          calibration: what `powerquant calibrate` wrote for this model: keys are packed centred and scaled
+          layer_bits: (key_bits, value_bits) of layers that have others, by index, negative from the end
+
+    Raises: PowerQuantConfigError for an option's value, PowerQuantUnsupportedError for a model whose attention cannot be
+            packed; check_model(model) says of each layer why
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PreTrainedConfig,
+        *,
+        key_bits: int = 4,
+        value_bits: int = 2,
+        value_codec: str = SCALAR,
+        residual_tokens: int = 128,
+        sink_tokens: int = 4,
+        protected_layers: int | Sequence[int] = 0,
+        calibration: str | Path | None = None,
+        layer_bits: dict[int, tuple[int, int]] | None = None,
+    ) -> None:
+        config, is_model = _config_of(model)
+        self._config = _Shared(config)
+        protect = protected_layers if isinstance(protected_layers, int) else 0
+        options = PowerQuantConfig(
+            key_bits=key_bits,
+            value_bits=value_bits,
+            value_codec=value_codec,
+            residual_tokens=residual_tokens,
+            sink_tokens=sink_tokens,
+            protected_layers=protect,
+        )
+        window = Window(residual_tokens, sink_tokens)
+        layers: list[CacheLayerMixin] = DynamicCache(config=config).layers
+        if not layers:
+            raise PowerQuantUnsupportedError(f"{type(config).__name__} has no attention layers to cache")
+        exact = _protected(protected_layers, len(layers))
+        bits = _layer_bits(layer_bits or {}, len(layers))
+        frames = None
+        if calibration is not None:
+            measured = load_calibration(str(calibration))
+            measured.check(config, calibration)
+            frames = measured.keys.frames()
+        for i, layer in enumerate(layers):
+            # other kinds (sliding, linear attention, ...) hold a bounded state and stay Transformers' own
+            if type(layer) is DynamicLayer and i not in exact:
+                cache_format = CacheFormat.of(options, ModelShape.of(config).head_size)
+                if i in bits:
+                    key, value = bits[i]
+                    cache_format = CacheFormat(cache_format.head_size, key, value, value_codec if value == 2 else SCALAR)
+                layers[i] = PackedLayer(self, cache_format, window, None if frames is None else frames[i])
+        super().__init__(layers=layers)
+        self.padding_mask: torch.Tensor | None = None
+        self._offered: weakref.ref[PackedLayer] | None = None
+        self._last: tuple | None = None
+        if is_model:
+            watch_padding(model)
+
+    # --- what layers share -------------------------------------------------------------------------------------------
+
+    def is_fused_for(self, layer: PackedLayer) -> bool:
+        """Whether attention will come for the chunk that a layer is given."""
+        if self._config.value._attn_implementation != FUSED:
+            return False
+        return layer.device.type == "cpu" or layer.dtype in (torch.float16, torch.bfloat16)
+
+    def offer(self, layer: PackedLayer) -> None:
+        """A layer's chunk was handed to fused attention, which must come for it before the next layer's is."""
+        before = self._offered
+        layer.is_offered = True
+        self._offered = layer
+        if before is not None and before.is_offered:
+            before.is_offered = layer.is_offered = False
+            raise PowerQuantUnsupportedError(
+                "attn_implementation is 'powerquant', but a layer's attention did not run through it, so its result would "
+                f"be wrong; use another attn_implementation for this model ({type(self._config.value).__name__})"
+            )
+
+    def shared(self, rows: Any, key: tuple, make: Callable[[], Any]) -> Any:
+        """make(), or what it was for another layer that had the same rows."""
+        if self._last is None or self._last[0] is not rows or self._last[1] != key:
+            self._last = (rows, key, make())
+        return self._last[2]
+
+    # --- report ------------------------------------------------------------------------------------------------------
+
+    def memory_report(self) -> MemoryReport:
+        """Bytes of every tensor that is held; without tensors of a step that is under way."""
+        layers = tuple(_layer_memory(layer) for layer in self.layers)
+        packed = [layer for layer in self.layers if isinstance(layer, PackedLayer) and layer.is_initialized]
+        tokens = sum(packed[0].rows.lens) if packed else max((layer.tokens for layer in layers), default=0)
+        exact = sum(_exact_tokens(layer) for layer in packed)
+        path = "none"
+        if packed and any(layer.rows.length for layer in packed):
+            path = "dequantized" if any(layer.buffer_bytes for layer in packed) else "fused"
+        return MemoryReport(
+            path=path,
+            tokens=tokens,
+            tokens_packed=sum(sum(layer.rows.lens) for layer in packed) - exact,
+            tokens_exact=exact,
+            layers=layers,
+            **{
+                name: sum(getattr(layer, name) for layer in layers)
+                for name in ("packed_bytes", "exact_bytes", "buffer_bytes", "table_bytes", "uncompressed_bytes")
+            },
+        )
+
+
+class _Shared:
+    """Holds what a deep copy of a cache must share with it: a model's config changes with the model."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo) -> _Shared:
+        return self
+
+
+def _config_of(model: PreTrainedModel | PreTrainedConfig) -> tuple[PreTrainedConfig, bool]:
+    """The config of a model's text decoder, and whether a model was given."""
+    is_model = isinstance(model, torch.nn.Module)
+    config = getattr(model, "config", None) if is_model else model
+    if not hasattr(config, "get_text_config"):
+        raise PowerQuantConfigError(f"PowerQuantCache needs a Transformers model or its config, got {type(model).__name__}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise PowerQuantUnsupportedError(
+            f"{type(config).__name__} is an encoder-decoder; its cross attention is not packed, use Transformers' own cache"
+        )
+    return config.get_text_config(decoder=True), is_model
+
+
+def _protected(layers: int | Sequence[int], count: int) -> set[int]:
+    if isinstance(layers, int):
+        if 2 * layers > count:
+            raise PowerQuantConfigError(f"protected_layers must be at most half of {count} layers, got {layers}")
+        return {*range(layers), *range(count - layers, count)}
+    return {_index(i, count, "protected_layers") for i in layers}
+
+
+def _layer_bits(bits: dict[int, tuple[int, int]], count: int) -> dict[int, tuple[int, int]]:
+    return {_index(i, count, "layer_bits"): pair for i, pair in bits.items()}
+
+
+def _index(i: Any, count: int, option: str) -> int:
+    if not isinstance(i, int) or isinstance(i, bool) or not -count <= i < count:
+        raise PowerQuantConfigError(f"{option} must name layers from {-count} to {count - 1}, got {i!r}")
+    return i % count
+
+
+def _layer_memory(layer: CacheLayerMixin) -> LayerMemory:
+    if isinstance(layer, PackedLayer):
+        if not layer.is_initialized:
+            return LayerMemory("packed", 0)
+        row = 2 * layer.num_kv_heads * layer.format.head_size * layer.dtype.itemsize
+        return LayerMemory(
+            kind="packed",
+            tokens=sum(layer.rows.lens),
+            packed_bytes=layer.packed.nbytes,
+            exact_bytes=0 if layer.exact is None else layer.exact.nbytes,
+            buffer_bytes=layer.buffer_bytes,
+            table_bytes=0 if layer.key_frame is None else layer.key_frame.nbytes,
+            uncompressed_bytes=layer.rows.batch * layer.rows.length * row,
+        )
+    held = sum(x.nbytes for x in _tensors(layer))
+    if not isinstance(layer, CacheLayerMixin):
+        return LayerMemory("other", 0, exact_bytes=held, uncompressed_bytes=held)
+    keys = layer.keys if layer.is_initialized else None
+    tokens = 0 if keys is None or keys.dim() < 4 else keys.shape[0] * keys.shape[2]
+    kind = "sliding" if getattr(layer, "is_sliding", False) else "exact" if type(layer) is DynamicLayer else "other"
+    return LayerMemory(kind, tokens, exact_bytes=held, uncompressed_bytes=held)
+
+
+def _tensors(layer: Any) -> list[torch.Tensor]:
+    """Tensors in the attributes of one of Transformers' own layers; each storage once, as a view holds all of it."""
+    found = {}
+    for value in vars(layer).values():
+        for x in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,):
+            if isinstance(x, torch.Tensor):
+                found[x.untyped_storage().data_ptr()] = x.untyped_storage()
+    return list(found.values())
+
+
+def _exact_tokens(layer: PackedLayer) -> int:
+    """Tokens of all rows that the next step reads exactly."""
+    window, total = layer.window, 0
+    for row, length in enumerate(layer.rows.lens):
+        sinks = min(window.sink_tokens, length)
+        _, ring, _ = layer.rows.exact_blocks(row)
+        begin = max(sinks, length - max(window.residual_tokens - 1, 0))
+        if layer.buffer_bytes == 0:
+            begin = max(begin, min(length, ring * 8)) if ring >= window.sink_blocks else begin
+        total += sinks + max(0, length - begin)
+    return total
+
+
+def watch_padding(model: PreTrainedModel) -> None:
+    """Tell every PowerQuantCache that the model is called with of the call's attention mask. Once a model."""
+    if getattr(model, "_powerquant_sees_padding", False):
+        return
+    model._powerquant_sees_padding = True
+    model.register_forward_pre_hook(_tell_padding, with_kwargs=True)
+
+
+def _tell_padding(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, PowerQuantCache):
+        mask = kwargs.get("attention_mask")
+        cache.padding_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
