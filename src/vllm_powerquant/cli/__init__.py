@@ -11,7 +11,7 @@ import os
 import sys
 
 from ..errors import PowerQuantError
-from . import calibrate, chat, convert, generate, info, predictor, relufy, serve
+from . import calibrate, chat, convert, doctor, generate, info, predictor, relufy, serve
 
 # in the order of the help
 FAMILIES = (
@@ -23,6 +23,7 @@ FAMILIES = (
     predictor,
     serve,
     info,
+    doctor,
 )
 
 
@@ -36,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 refused or failed with one line of reason, 2 usage, 130 interrupted, 141 nobody reads the output."""
+    """Exit code: 0 done, 1 refused or failed with one line of reason, 2 usage, 130 interrupted, 141 output not wanted."""
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)

@@ -10,11 +10,10 @@ from typing import Any
 
 from ..config import PRESET, PowerQuantConfig, refuse_unknown
 from ..errors import PowerQuantConfigError, PowerQuantError, PowerQuantUnsupportedError
-from ..model import find_gguf, prepare_model
+from ..model import DEFAULT_MODEL, find_gguf, prepare_model
 from ..serve import choose, installed_vllm
 
 BACKENDS = ("transformers", "vllm", "sparse")
-EMBEDDED = "smollm2"
 CACHE_OPTIONS = (*(field.name for field in fields(PowerQuantConfig)), PRESET)
 TRANSFORMERS_OPTIONS = ("attn_implementation", "revision", "trust_remote_code")
 SPARSE_OPTIONS = (
@@ -39,10 +38,10 @@ def find_source(model: str | None, backend: str = "auto") -> Source:
     if backend not in ("auto", *BACKENDS):
         raise PowerQuantConfigError(f"backend must be auto, {', '.join(BACKENDS)}, got {backend!r}")
     if model is None:
-        path = find_gguf(EMBEDDED)
+        path = find_gguf(DEFAULT_MODEL)
         if backend == "sparse":
             return Source("sparse", str(path), path.stem)
-        return Source(_for_checkpoints(backend), str(prepare_model(EMBEDDED)), path.stem)
+        return Source(_for_checkpoints(backend), str(prepare_model(DEFAULT_MODEL)), path.stem)
     choice = choose(os.fspath(model))
     if choice.engine == "powerinfer":
         if backend not in ("auto", "sparse"):

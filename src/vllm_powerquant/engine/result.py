@@ -52,9 +52,10 @@ class GenerationResult:
     def summary(self) -> str:
         """One line."""
         rate = f", {self.tokens_per_second:.1f} tokens/s" if self.tokens_per_second else ""
-        line = f"{self.completion_tokens} tokens in {self.seconds:.2f} s (first after {self.seconds_to_first_token:.2f} s{rate})"
+        first = f"first after {self.seconds_to_first_token:.2f} s"
+        line = f"{self.completion_tokens} tokens in {self.seconds:.2f} s ({first}{rate})"
         if self.compression_ratio:
-            line += f"; KV cache {megabytes(self.kv_bytes)}, {_times(self.compression_ratio)} uncompressed"
+            line += f"; KV cache {megabytes(self.kv_bytes)}, {_beside(self.compression_ratio)}"
         return line
 
     def rows(self) -> list[tuple[str, str]]:
@@ -70,7 +71,8 @@ class GenerationResult:
         ]
         if self.kv_bytes is not None:
             ratio = self.compression_ratio
-            beside = f", {_times(ratio)} uncompressed ({megabytes(self.uncompressed_kv_bytes)})" if ratio else ""
+            beside = f", {_beside(ratio)}" if ratio else ""
+            beside += f" ({megabytes(self.uncompressed_kv_bytes)})" if ratio and ratio != 1 else ""
             rows.append(("KV cache", f"{megabytes(self.kv_bytes)}{beside}"))
         if self.tokens_compressed is not None:
             rows.append(("tokens in it", f"{self.tokens_compressed} compressed, {self.tokens_exact} exact"))
@@ -90,9 +92,11 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count < 1e8 else f"{count / 1e6:,.0f} MB"
 
 
-def _times(ratio: float) -> str:
-    # a short answer's exact rows and tables may take more than they save
-    return f"{ratio:.2f} times less than" if ratio >= 1 else f"{1 / ratio:.2f} times as much as"
+def _beside(ratio: float) -> str:
+    if ratio == 1:
+        return "uncompressed"
+    # what a short answer's exact rows and tables take may be more than what is saved
+    return f"{ratio:.2f} times less than uncompressed" if ratio > 1 else f"{1 / ratio:.2f} times as much as uncompressed"
 
 
 class TextStream(Iterator[str]):

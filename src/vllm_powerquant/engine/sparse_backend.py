@@ -38,8 +38,8 @@ class SparseBackend:
             values = {name: getattr(settings.cache, name) for name in _PACKED}
             if wrong := [f"{name} {value!r}" for name, value in values.items() if value != _PACKED[name]]:
                 raise PowerQuantUnsupportedError(
-                    "backend sparse packs keys in 4 and values in 2 bits beside 128 newest and 4 first exact tokens, nothing "
-                    f"else, got {', '.join(wrong)}; leave it out, or give compress=False for 16 bits"
+                    "backend sparse packs keys in 4 and values in 2 bits beside 128 newest and 4 first exact tokens, "
+                    f"nothing else, got {', '.join(wrong)}; leave it out, or give compress=False for 16 bits"
                 )
         kv = "packed" if settings.compress else "f16"
         self.slots = settings.options.get("slots", _DEFAULT_SLOTS)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import inspect
 import json
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from ..attention.hf_cache import PowerQuantCache
-from ..calibration import first_line, load_calibration
+from ..calibration import first_line
 from ..errors import PowerQuantConfigError, PowerQuantError
 from ..sparse.protocols import Prompt
 from ..sparse.text import choose_device
@@ -24,6 +23,8 @@ from .text import Detokenizer, StopTexts
 try:
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
     from transformers.cache_utils import Cache, DynamicCache
+
+    from ..hf import MemoryReport, PowerQuantCache, patch, unpatch
 except ImportError as error:
     raise PowerQuantError(f"backend transformers: {error}; run: pip install 'vllm-powerquant[hf,model]'") from None
 
@@ -38,8 +39,8 @@ class TransformersBackend:
         self.device = choose_device(settings.device)
         self.tokenizer = _load(AutoTokenizer, settings, {})
         self.model = self._load_model()
-        # a cache that cannot be made for this model is refused now, not at the first answer
-        self.new_cache()
+        self._patched = False
+        self.use(settings)
         config = self.model.config.get_text_config()
         self.context: int | None = getattr(config, "max_position_embeddings", None)
         ends = self.model.generation_config.eos_token_id
@@ -63,11 +64,33 @@ class TransformersBackend:
             return _load(AutoModelForCausalLM, settings, options).eval()
         return _load(AutoModelForCausalLM, settings, options).eval().to(self.device)
 
-    def new_cache(self) -> Cache:
-        """Raises: PowerQuantConfigError, PowerQuantUnsupportedError if the options do not fit the model"""
-        return new_cache(self.model, self.settings)
+    def use(self, settings: Settings) -> None:
+        """From now on answers have these settings' cache; the model stays.
 
-    def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[str, None, GenerationResult]:
+        Raises: PowerQuantConfigError, PowerQuantUnsupportedError if it cannot be made for this model
+        """
+        if self._patched:
+            unpatch(self.model)
+            self._patched = False
+        self.settings = settings
+        if settings.compress:
+            options = cache_options(settings)
+            PowerQuantCache(self.model, **options)
+            # who names an attention implementation gets it; the cache then decodes for it
+            if "attn_implementation" not in settings.options:
+                patch(self.model, **options)
+                self._patched = True
+
+    def new_cache(self) -> Cache:
+        """Of one answer."""
+        if not self.settings.compress:
+            return DynamicCache(config=self.model.config)
+        return PowerQuantCache(self.model, **cache_options(self.settings))
+
+    def stream(
+        self, prompt: Prompt, sampling: Sampling, see: Callable[[torch.Tensor], None] | None = None
+    ) -> Generator[str, None, GenerationResult]:
+        """Args: see: is given the logits [vocabulary] fp32 of each token"""
         ids = self.encode(prompt)
         limit = sampling.max_tokens
         if self.context is not None:
@@ -81,7 +104,7 @@ class TransformersBackend:
         clock, cache = Stopwatch(), self.new_cache()
         pieces, stops = self._detokenizer(), StopTexts(sampling.stop)
         text, count, reason = [], 0, "length"
-        for token in self._tokens(ids, sampling, cache, limit):
+        for token in self._tokens(ids, sampling, cache, limit, see):
             clock.token()
             count += 1
             if token in self.ends and not sampling.ignore_eos:
@@ -118,7 +141,7 @@ class TransformersBackend:
         )
 
     def batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[GenerationResult]:
-        return [_drained(self.stream(prompt, sampling)) for prompt in prompts]
+        return [drained(self.stream(prompt, sampling)) for prompt in prompts]
 
     def close(self) -> None:
         self.model = self.tokenizer = None
@@ -146,14 +169,24 @@ class TransformersBackend:
         decode = self.tokenizer.decode
         return Detokenizer(lambda ids: decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _tokens(self, ids: list[int], sampling: Sampling, cache: Cache, limit: int) -> Iterator[int]:
+    def _tokens(
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        cache: Cache,
+        limit: int,
+        see: Callable[[torch.Tensor], None] | None,
+    ) -> Iterator[int]:
         generator = None
         if sampling.seed is not None:
             generator = torch.Generator(self.device).manual_seed(sampling.seed)
         seen = torch.tensor(ids, device=self.device)
         feed = seen
         for left in range(limit, 0, -1):
-            token = sample(self.logits(feed, cache)[-1], sampling, seen, generator)
+            logits = self.logits(feed, cache)[-1]
+            if see is not None:
+                see(logits)
+            token = sample(logits, sampling, seen, generator)
             yield int(token)
             if left > 1:
                 feed, seen = token[None], torch.cat((seen, token[None])) if sampling.repetition_penalty != 1 else seen
@@ -179,50 +212,45 @@ def _load(kind: type, settings: Settings, options: dict[str, Any]) -> Any:
         raise PowerQuantConfigError(f"cannot load {settings.source.path}: {first_line(error)}; {_REMEDY}") from None
 
 
-def new_cache(model: PreTrainedModel, settings: Settings) -> Cache:
-    """The cache of one answer."""
-    if not settings.compress:
-        return DynamicCache(config=model.config)
-    config, options = model.config.get_text_config(), settings.cache
-    heads = config.num_attention_heads
-    frames = None
-    if options.calibration:
-        calibration = load_calibration(options.calibration)
-        calibration.check(config, options.calibration)
-        frames = calibration.keys.frames()
-    return PowerQuantCache(
-        config.num_hidden_layers,
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
-        key_bits=options.key_bits,
-        value_bits=options.value_bits,
-        value_codec=options.value_codec if options.value_bits == 2 else "scalar",
-        residual_tokens=options.residual_tokens,
-        sink_tokens=options.sink_tokens,
-        protected_layers=options.protected_layers,
-        key_frames=frames,
-    )
+def cache_options(settings: Settings) -> dict[str, Any]:
+    """Of PowerQuantCache."""
+    cache = settings.cache
+    names = ("key_bits", "value_bits", "value_codec", "residual_tokens", "sink_tokens")
+    # a list of layers is no option of the environment's, so it stands among those given alone
+    protected = settings.given.get("protected_layers", cache.protected_layers)
+    return {name: getattr(cache, name) for name in names} | {
+        "protected_layers": protected,
+        "calibration": cache.calibration or None,
+    }
 
 
 def cache_figures(cache: Cache) -> dict[str, Any]:
     """GenerationResult's fields of the cache."""
-    length = cache.get_seq_length()
-    if not isinstance(cache, PowerQuantCache):
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    if isinstance(cache, PowerQuantCache):
+        report = cache.memory_report()
         return {
-            "kv_bytes": held,
-            "uncompressed_kv_bytes": held,
-            "tokens_compressed": 0,
-            "tokens_exact": length,
-            "attention": "exact",
+            "kv_bytes": report.total_bytes,
+            "uncompressed_kv_bytes": report.uncompressed_bytes,
+            "tokens_compressed": report.tokens_packed // _packed_layers(report),
+            "tokens_exact": report.tokens_exact // _packed_layers(report),
+            "attention": report.path,
         }
-    exact = min(length, cache.layers[0].residual_tokens + cache.layers[0].sink_tokens)
+    tensors = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    if any(keys is None or values is None for keys, values in tensors):
+        # states of another kind than keys and values
+        return {"attention": "exact"}
+    held = sum(keys.nbytes + values.nbytes for keys, values in tensors)
     return {
-        "kv_bytes": cache.held_bytes(),
-        "uncompressed_kv_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
-        "tokens_compressed": length - exact,
-        "tokens_exact": exact,
-        "attention": "dequantized",
+        "kv_bytes": held,
+        "uncompressed_kv_bytes": held,
+        "tokens_compressed": 0,
+        "tokens_exact": cache.get_seq_length(),
+        "attention": "exact",
     }
+
+
+def _packed_layers(report: MemoryReport) -> int:
+    return sum(layer.kind == "packed" for layer in report.layers) or 1
 
 
 def sample(
@@ -252,7 +280,8 @@ def sample(
     return logits.softmax(-1).multinomial(1, generator=generator)[0]
 
 
-def _drained(pieces: Generator[str, None, GenerationResult]) -> GenerationResult:
+def drained(pieces: Generator[str, None, GenerationResult]) -> GenerationResult:
+    """What a stream returns."""
     while True:
         try:
             next(pieces)

@@ -274,7 +274,7 @@ def _layer_memory(layer: CacheLayerMixin) -> LayerMemory:
             table_bytes=0 if layer.key_frame is None else layer.key_frame.nbytes,
             uncompressed_bytes=layer.rows.batch * layer.rows.length * row,
         )
-    held = sum(x.nbytes for x in _tensors(layer))
+    held = sum(x.nbytes() for x in _tensors(layer))
     if not isinstance(layer, CacheLayerMixin):
         return LayerMemory("other", 0, exact_bytes=held, uncompressed_bytes=held)
     keys = layer.keys if layer.is_initialized else None
