@@ -64,7 +64,9 @@ def _tried(name: str, act: Callable[[], str], advice: str = "") -> Check:
     except PowerQuantError as error:
         return Check(name, FAIL, str(error).strip().splitlines()[-1], advice)
     except Exception as error:  # noqa: BLE001 - whatever goes wrong here is the finding
-        return Check(name, FAIL, f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[-1]}", advice)
+        return Check(
+            name, FAIL, f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[-1]}", advice
+        )
 
 
 def _versions() -> Iterator[Check]:

@@ -11,12 +11,14 @@ import os
 import sys
 
 from ..errors import PowerQuantError
-from . import calibrate, chat, convert, doctor, generate, info, predictor, relufy, serve
+from . import benchmark, calibrate, chat, compare, convert, doctor, generate, info, predictor, relufy, serve
 
 # in the order of the help
 FAMILIES = (
     generate,
     chat,
+    compare,
+    benchmark,
     calibrate,
     convert,
     relufy,
