@@ -206,12 +206,19 @@ def plot(report: Report, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    most = max(row.bytes_per_token for row in report.rows)
     for row in report.rows:
+        # the same bytes as the scalar code: beside it
+        trellis = "trellis" in row.configuration
+        x = row.bytes_per_token - trellis * 0.006 * most
         spread = [[row.kl - row.kl_least], [row.kl_most - row.kl]]
-        axes.errorbar(row.bytes_per_token, row.kl, yerr=spread, fmt="o", color="#c1272d", capsize=3)
-        axes.annotate(row.configuration, (row.bytes_per_token, row.kl), (6, 4), textcoords="offset points")
+        axes.errorbar(
+            x, row.kl, yerr=spread, fmt="s" if trellis else "o", color="#6b0f1a" if trellis else "#c1272d", capsize=3
+        )
+        side = {"xytext": (-7, -3), "ha": "right"} if trellis else {"xytext": (7, -3), "ha": "left"}
+        axes.annotate(row.configuration, (x, row.kl), textcoords="offset points", **side)
     axes.set_yscale("log")
-    axes.set_xlim(0, max(row.bytes_per_token for row in report.rows) * 1.2)
+    axes.set_xlim(0.85 * min(row.bytes_per_token for row in report.rows), 1.1 * most)
     axes.set_xlabel(f"bytes a token held at {report.size.prompt_tokens} tokens, exact ones among them")
     axes.set_ylabel("KL to the uncompressed cache, nats a token")
     uncompressed = f"uncompressed: {report.uncompressed.bytes_per_token:,.0f} bytes a token"
