@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +76,7 @@ class MemoryReport:
         return {**fields, "total_bytes": self.total_bytes, "ratio": self.ratio, "layers": list(layers)}
 
     def __str__(self) -> str:
-        if not self.total_bytes:
+        if not self.tokens:
             return "KV cache: empty"
         kinds = [layer.kind for layer in self.layers]
         layers = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
@@ -164,7 +163,7 @@ class PowerQuantCache(Cache):
                 layers[i] = PackedLayer(self, cache_format, window, None if frames is None else frames[i])
         super().__init__(layers=layers)
         self.padding_mask: torch.Tensor | None = None
-        self._offered: weakref.ref[PackedLayer] | None = None
+        self._offered: PackedLayer | None = None
         self._last: tuple | None = None
         if is_model:
             watch_padding(model)
@@ -179,15 +178,14 @@ class PowerQuantCache(Cache):
 
     def offer(self, layer: PackedLayer) -> None:
         """A layer's chunk was handed to fused attention, which must come for it before the next layer's is."""
-        before = self._offered
-        layer.is_offered = True
-        self._offered = layer
+        before, self._offered = self._offered, layer
         if before is not None and before.is_offered:
-            before.is_offered = layer.is_offered = False
+            before.is_offered = False
             raise PowerQuantUnsupportedError(
                 "attn_implementation is 'powerquant', but a layer's attention did not run through it, so its result would "
                 f"be wrong; use another attn_implementation for this model ({type(self._config.value).__name__})"
             )
+        layer.is_offered = True
 
     def shared(self, rows: Any, key: tuple, make: Callable[[], Any]) -> Any:
         """make(), or what it was for another layer that had the same rows."""
@@ -274,7 +272,7 @@ def _layer_memory(layer: CacheLayerMixin) -> LayerMemory:
             table_bytes=0 if layer.key_frame is None else layer.key_frame.nbytes,
             uncompressed_bytes=layer.rows.batch * layer.rows.length * row,
         )
-    held = sum(x.nbytes() for x in _tensors(layer))
+    held = sum(x.nbytes() for x in _storages(layer))
     if not isinstance(layer, CacheLayerMixin):
         return LayerMemory("other", 0, exact_bytes=held, uncompressed_bytes=held)
     keys = layer.keys if layer.is_initialized else None
@@ -283,8 +281,8 @@ def _layer_memory(layer: CacheLayerMixin) -> LayerMemory:
     return LayerMemory(kind, tokens, exact_bytes=held, uncompressed_bytes=held)
 
 
-def _tensors(layer: Any) -> list[torch.Tensor]:
-    """Tensors in the attributes of one of Transformers' own layers; each storage once, as a view holds all of it."""
+def _storages(layer: Any) -> list[torch.UntypedStorage]:
+    """What the tensors of one of Transformers' own layers lie in, each once: a view holds all of it."""
     found = {}
     for value in vars(layer).values():
         for x in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,):
@@ -295,15 +293,7 @@ def _tensors(layer: Any) -> list[torch.Tensor]:
 
 def _exact_tokens(layer: PackedLayer) -> int:
     """Tokens of all rows that the next step reads exactly."""
-    window, total = layer.window, 0
-    for row, length in enumerate(layer.rows.lens):
-        sinks = min(window.sink_tokens, length)
-        _, ring, _ = layer.rows.exact_blocks(row)
-        begin = max(sinks, length - max(window.residual_tokens - 1, 0))
-        if layer.buffer_bytes == 0:
-            begin = max(begin, min(length, ring * 8)) if ring >= window.sink_blocks else begin
-        total += sinks + max(0, length - begin)
-    return total
+    return sum(len(layer.rows.exact_positions(row)) for row in range(layer.rows.batch))
 
 
 def watch_padding(model: PreTrainedModel) -> None:

@@ -317,13 +317,8 @@ class PackedLayer(CacheLayerMixin):
                 continue
             decoded = self._decode(row, 0, length)
             if self.exact is not None:
-                position = torch.arange(length)
-                sinks, ring, _ = rows.exact_blocks(row)
+                position = rows.exact_positions(row)
                 block = position // EXACT_BLOCK
-                wanted = (position < self.window.sink_tokens) | (
-                    (position > length - self.window.residual_tokens) & ((block < sinks) | (block >= ring))
-                )
-                position, block = position[wanted], block[wanted]
                 data = self.exact[self.window.block_ids(torch.tensor(row), block).to(self.device), :, position % EXACT_BLOCK]
                 for x, exact in zip(decoded, data.split(head_size, -1), strict=True):
                     x[:, position] = exact.transpose(0, 1)
@@ -334,7 +329,7 @@ class PackedLayer(CacheLayerMixin):
     def _rebuild(self) -> None:
         """Buffers of what is held so far."""
         self._keys, self._values = self._decode_all()
-        self._decoded_until = [max(0, n - self.window.residual_tokens + 1) for n in self.rows.lens]
+        self._decoded_until = [max(0, n - max(self.window.residual_tokens - 1, 0)) for n in self.rows.lens]
 
     def _leave_window(self) -> None:
         """From now on tokens before the window are read as packed, but for the sinks."""

@@ -156,6 +156,15 @@ class Rows:
         first = held // EXACT_BLOCK if begin >= held else -(-held // EXACT_BLOCK)
         return sinks, min(max(sinks, first, begin // EXACT_BLOCK), blocks), blocks
 
+    def exact_positions(self, row: int) -> torch.Tensor:
+        """Of a row's tokens, those that are read exactly before a chunk that comes next: [n] int64, ascending."""
+        window, length = self.window, self.lens[row]
+        sinks, ring, _ = self.exact_blocks(row)
+        token = torch.arange(length)
+        block = token // EXACT_BLOCK
+        in_window = (token > length - window.residual_tokens) & ((block < sinks) | (block >= ring))
+        return token[(token < window.sink_tokens) | in_window]
+
 
 @dataclass(frozen=True, eq=False)
 class Step:

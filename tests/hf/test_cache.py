@@ -1,0 +1,278 @@
+"""PowerQuantCache: what it holds, what it reports, how it is read, and what it refuses."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from transformers import DynamicCache, GPT2Config, T5Config
+
+from hf.tiny_models import left_padded, tiny_model, tokens
+from vllm_powerquant import PowerQuantCache
+from vllm_powerquant.attention.cache_format import CacheFormat
+from vllm_powerquant.attention.reference_cache import ReferenceCache
+from vllm_powerquant.errors import PowerQuantConfigError, PowerQuantUnsupportedError
+
+
+@pytest.fixture
+def llama():
+    model = tiny_model("llama")
+    yield model
+    model.set_attn_implementation("sdpa")
+
+
+@pytest.fixture(params=["fused", "dequantized"])
+def either(request, llama):
+    llama.set_attn_implementation("powerquant" if request.param == "fused" else "sdpa")
+    return llama
+
+
+def logits(model, ids, cache, **kwargs):
+    with torch.no_grad():
+        return model(ids, past_key_values=cache, use_cache=True, **kwargs).logits
+
+
+def tensors(root) -> dict[int, int]:
+    """Bytes of every tensor storage that is reachable from an object, by address; not into modules, configs and
+    functions."""
+    found, seen, todo = {}, set(), [root]
+    while todo:
+        x = todo.pop()
+        if id(x) in seen or isinstance(x, type | torch.nn.Module) or type(x).__name__.endswith("Config") or callable(x):
+            continue
+        seen.add(id(x))
+        if isinstance(x, torch.Tensor):
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        elif not isinstance(x, CacheFormat | str | int | float | torch.dtype | torch.device):
+            todo += gc.get_referents(x)
+    found.pop(0, None)
+    return found
+
+
+@pytest.mark.parametrize("residual_tokens, sink_tokens", [(128, 4), (0, 0), (1, 4), (16, 9), (17, 0), (500, 4)])
+@pytest.mark.parametrize("bits", [(4, 2), (3, 4)])
+def test_it_reads_as_the_reference_cache(either, residual_tokens, sink_tokens, bits):
+    """The same codes, window and sinks, chunk after chunk: logits agree to what kernels' sums differ by."""
+    options = {"key_bits": bits[0], "value_bits": bits[1], "residual_tokens": residual_tokens, "sink_tokens": sink_tokens}
+    cache, want = PowerQuantCache(either, **options), ReferenceCache(4, 64, **options)
+    implementation = either.config._attn_implementation
+    for chunk in tokens(300)[0][None].split([150, 1, 1, 9, 70, 1, 68], 1):
+        got = logits(either, chunk, cache)
+        either.set_attn_implementation("sdpa")
+        exact = logits(either, chunk, want)
+        either.set_attn_implementation(implementation)
+        assert (got - exact).norm() < 5e-3 * exact.norm()
+
+
+def test_after_a_crop_no_token_is_read_that_is_gone(either):
+    """Rows of the ring that a longer text wrote are not taken for the shorter one's."""
+    first, second = tokens(200, 60)
+    options = {"key_bits": 8, "value_bits": 8, "residual_tokens": 32}
+    cache, want = PowerQuantCache(either, **options), DynamicCache(config=either.config)
+    for c in (cache, want):
+        logits(either, first[None], c)
+    for keep, n in ((170, 1), (100, 20), (101, 9), (3, 30)):
+        for c in (cache, want):
+            c.crop(keep - c.get_seq_length())
+        got, exact = (logits(either, second[None, :n], c) for c in (cache, want))
+        assert (got - exact).abs().max() < 0.15
+
+
+@pytest.mark.parametrize("protect", [0, 1, [0, -1]])
+def test_the_report_is_the_bytes_of_the_tensors(either, protect):
+    cache = PowerQuantCache(either, protected_layers=protect)
+    for n in (100, 1, 30):
+        logits(either, torch.stack(tokens(n, n)), cache)
+    report = cache.memory_report()
+    cache._last = None  # a step's own tensors are not the cache's
+    cache.padding_mask = None
+    for layer in cache.layers:
+        if hasattr(layer, "rows"):
+            layer.rows._steps.clear()
+    held = tensors(cache)
+    assert sum(held.values()) == report.total_bytes
+    assert report.tokens == 262
+    assert report.path == ("fused" if either.config._attn_implementation == "powerquant" else "dequantized")
+    assert (report.buffer_bytes == 0) == (report.path == "fused")
+    want = DynamicCache(config=either.config)
+    logits(either, torch.stack(tokens(131, 131)), want)
+    assert report.uncompressed_bytes == sum(tensors(want).values())
+    assert "262 tokens" in str(report) and report.to_dict()["ratio"] == report.ratio
+
+
+def test_the_report_of_other_layers():
+    for name in ("gemma3", "lfm2"):
+        model = tiny_model(name)
+        cache = PowerQuantCache(model)
+        assert cache.memory_report().packed_bytes == 0 and str(cache.memory_report()) == "KV cache: empty"
+        logits(model, tokens(100)[0][None], cache)
+        kinds = [layer.kind for layer in cache.memory_report().layers]
+        assert kinds == (["sliding"] * 3 + ["packed"] if name == "gemma3" else ["other", "packed"] * 2)
+        assert all(layer.exact_bytes for layer in cache.memory_report().layers)
+
+
+def test_8k_tokens_take_what_the_format_takes(llama):
+    """K4/V2 at 8,192 tokens: at most 1.02 of the slots, window and sinks; at least 4.3 times less than DynamicCache."""
+    llama.set_attn_implementation("powerquant")
+    cache = PowerQuantCache(llama)
+    g = torch.Generator().manual_seed(0)
+    step = [torch.randn(1, 2, 8191, 64, generator=g).bfloat16() for _ in "kv"]
+    for layer in cache.layers:
+        for key, value in (step, [x[:, :, :1] for x in step]):
+            key, value = layer.update(key, value)
+            layer.attend(torch.zeros(1, 4, key.shape[2], 64, dtype=torch.bfloat16), key, value, 0.125, None)
+    report, layers, heads = cache.memory_report(), 4, 2
+    slots = 8192 * layers * heads * CacheFormat(64).layout.slot_bytes
+    exact = (128 + 4) * layers * heads * 2 * 64 * 2
+    assert report.tokens == 8192 and slots + exact <= report.total_bytes <= 1.02 * slots + exact
+    assert report.ratio >= 4.3
+
+
+def test_the_history_is_not_copied_at_every_step(llama):
+    llama.set_attn_implementation("powerquant")
+    cache = PowerQuantCache(llama)
+    logits(llama, tokens(700)[0][None], cache)
+    moved = 0
+    for _ in range(128):
+        before = cache.layers[0].packed.data_ptr()
+        logits(llama, tokens(1)[0][None], cache)
+        moved += cache.layers[0].packed.data_ptr() != before
+    assert moved <= 3
+
+
+def test_tokens_packed_and_exact(either):
+    cache = PowerQuantCache(either, residual_tokens=32, sink_tokens=4)
+    logits(either, tokens(100)[0][None], cache)
+    report = cache.memory_report()
+    assert report.tokens_exact == 4 * (31 + 4) and report.tokens_packed == 4 * (100 - 35)
+
+
+def test_a_deep_copy_follows_the_model(llama):
+    cache = copy.deepcopy(PowerQuantCache(llama))
+    llama.set_attn_implementation("powerquant")
+    logits(llama, tokens(50)[0][None], cache)
+    assert cache.memory_report().path == "fused"
+
+
+def test_attention_may_change_on_the_way(llama):
+    """Buffers are made of what is packed, and dropped when packed pages are read."""
+    chunks = tokens(150)[0][None].split([90, 1, 30, 1, 28], 1)
+    options = {"key_bits": 8, "value_bits": 8, "residual_tokens": 32}
+    cache, want = PowerQuantCache(llama, **options), DynamicCache(config=llama.config)
+    for i, chunk in enumerate(chunks):
+        llama.set_attn_implementation("sdpa" if i % 2 else "powerquant")
+        assert (logits(llama, chunk, cache) - logits(llama, chunk, want)).abs().max() < 0.15
+        assert cache.memory_report().path == ("dequantized" if i % 2 else "fused")
+
+
+def test_padding_is_not_stored(either):
+    prompts = tokens(120, 30)
+    ids, mask = left_padded(prompts)
+    cache = PowerQuantCache(either)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits(either, ids, cache, attention_mask=mask, position_ids=positions)
+    assert cache.layers[0].rows.lens == (120, 30) and cache.get_seq_length() == 120
+    # a second turn, padded again: holes between the tokens
+    more, more_mask = left_padded(tokens(5, 20, seed=2))
+    mask = torch.cat((mask, more_mask), 1)
+    positions = (mask.cumsum(1) - 1)[:, 120:].clamp(min=0)
+    got = logits(either, more, cache, attention_mask=mask, position_ids=positions)
+    assert cache.layers[0].rows.lens == (125, 50)
+    alone = PowerQuantCache(either)
+    logits(either, prompts[1][None], alone)
+    want = logits(either, more[1][None], alone)
+    assert (got[1] - want[0]).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype):
+    model = copy.deepcopy(tiny_model("llama")).to(dtype)
+    for name in ("sdpa", "powerquant"):
+        model.set_attn_implementation(name)
+        cache, want = PowerQuantCache(model, key_bits=8, value_bits=8), DynamicCache(config=model.config)
+        for chunk in tokens(220)[0][None].split([200, 20], 1):
+            got, exact = (logits(model, chunk, c).float() for c in (cache, want))
+        assert got.dtype == torch.float32 and (got - exact).norm() < 0.05 * exact.norm()
+
+
+def test_layers_may_have_other_bits_and_stay_exact(llama):
+    cache = PowerQuantCache(llama, protected_layers=[-1], layer_bits={0: (8, 8), 1: (4, 2)}, value_codec="trellis")
+    assert [getattr(layer, "format", None) and layer.format.key_bits for layer in cache.layers] == [8, 4, 4, None]
+    assert cache.layers[1].format.is_trellis and not cache.layers[0].format.is_trellis
+    assert cache.memory_report().layers[3].kind == "exact"
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"key_bits": 5}, "key_bits must be 2, 3, 4 or 8, got 5"),
+        ({"value_codec": "x"}, "value_codec must be scalar or trellis, got 'x'"),
+        ({"residual_tokens": -1}, "residual_tokens must be 0 to 4096, got -1"),
+        ({"sink_tokens": 17}, "sink_tokens must be"),
+        ({"protected_layers": 3}, "protected_layers must be at most half of 4 layers, got 3"),
+        ({"protected_layers": [4]}, "protected_layers must name layers from -4 to 3, got 4"),
+        ({"layer_bits": {7: (4, 2)}}, "layer_bits must name layers from -4 to 3, got 7"),
+        ({"layer_bits": {0: (5, 2)}}, "key_bits must be 2, 3, 4 or 8, got 5"),
+        ({"calibration": "nowhere"}, "nowhere"),
+    ],
+)
+def test_options_that_are_refused(llama, options, says):
+    with pytest.raises(PowerQuantConfigError, match=says.replace("[", r"\[")):
+        PowerQuantCache(llama, **options)
+
+
+def test_models_that_are_refused():
+    with pytest.raises(PowerQuantConfigError, match="a Transformers model or its config, got int"):
+        PowerQuantCache(3)
+    with pytest.raises(PowerQuantUnsupportedError, match="T5Config is an encoder-decoder"):
+        PowerQuantCache(T5Config())
+    with pytest.raises(PowerQuantUnsupportedError, match="head_size must be one of .*, got 32"):
+        PowerQuantCache(GPT2Config(n_embd=128, n_head=4))
+
+
+def test_masks_that_are_refused(llama):
+    llama.set_attn_implementation("powerquant")
+    ids, mask = left_padded(tokens(40, 20))
+    cache = PowerQuantCache(llama)
+    logits(llama, ids, cache, attention_mask=mask)
+    with pytest.raises(PowerQuantUnsupportedError, match="hides or shows positions"):
+        logits(llama, ids[:, :1], cache, attention_mask=torch.ones(2, 41))
+    with pytest.raises(PowerQuantUnsupportedError, match=r"got a mask of \[1, 1, 9, 9\]"):
+        logits(llama, tokens(9)[0][None], PowerQuantCache(llama), attention_mask=torch.ones(1, 1, 9, 9).bool())
+
+
+def test_another_batch_is_refused(either):
+    cache = PowerQuantCache(either)
+    logits(either, torch.stack(tokens(9, 9)), cache)
+    with pytest.raises(PowerQuantUnsupportedError, match="holds a batch of 2, got keys of 3"):
+        logits(either, torch.stack(tokens(1, 1, 1)), cache)
+
+
+def test_attention_that_never_comes_is_noticed(llama):
+    """A layer whose attention does not go through the registered function would be wrong without a word."""
+    llama.set_attn_implementation("powerquant")
+    cache = PowerQuantCache(llama)
+    key, value = (torch.randn(1, 2, 5, 64) for _ in "kv")
+    cache.update(key, value, 0)
+    with pytest.raises(PowerQuantUnsupportedError, match="did not run through it"):
+        cache.update(key, value, 1)
+
+
+def test_training_with_it_is_refused(llama):
+    llama.set_attn_implementation("powerquant")
+    llama.train()
+    try:
+        with pytest.raises(PowerQuantUnsupportedError, match="no gradients"):
+            llama(tokens(5)[0][None], past_key_values=PowerQuantCache(llama), use_cache=True)
+    finally:
+        llama.eval()
+
+
+def test_without_a_cache_attention_is_transformers_own(llama):
+    ids, mask = left_padded(tokens(30, 11))
+    with torch.no_grad():
+        want = llama(ids, attention_mask=mask, use_cache=False).logits
+        llama.set_attn_implementation("powerquant")
+        got = llama(ids, attention_mask=mask, use_cache=False).logits
+        cached = llama(ids, attention_mask=mask, past_key_values=DynamicCache(config=llama.config)).logits
+    assert torch.equal(got[mask.bool()], want[mask.bool()]) and torch.equal(cached[mask.bool()], want[mask.bool()])
