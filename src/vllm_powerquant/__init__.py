@@ -9,6 +9,7 @@ import importlib
 from importlib import metadata
 
 _LAZY = {
+    "Codec": "codec",
     "Engine": "engine",
     "GenerationResult": "engine",
     "MemoryReport": "hf",

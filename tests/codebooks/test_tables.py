@@ -97,7 +97,7 @@ def test_unknown_head_size_names_the_known_ones_and_the_command():
     with pytest.raises(PowerQuantUnsupportedError) as caught:
         load_codebook(160, 4)
     assert "head_size 160, only for 64, 80, 96, 112, 128, 192, 256" in str(caught.value)
-    assert "python -m vllm_powerquant.codebooks.build --add 160" in str(caught.value)
+    assert "powerquant codebook build --add 160" in str(caught.value)
 
 
 @pytest.mark.parametrize("bits", [0, 1, 5, 16, "4", None])
@@ -121,22 +121,9 @@ def test_file_holds_the_float_optimum_beside():
             np.testing.assert_allclose(entry["mse"], mse, rtol=1e-6)
 
 
-def test_build_command_makes_the_shipped_file(tmp_path):
-    output = tmp_path / "new" / "codebooks.json"
-    command = [sys.executable, "-m", "vllm_powerquant.codebooks.build", "--output", str(output)]
-    subprocess.run(command, check=True, capture_output=True)
-    assert output.read_bytes() == DATA_FILE.read_bytes()
-
-
 def test_build_adds_head_sizes():
     text = build.build_tables([160, 64])
     assert list(json.loads(text)["head_sizes"]) == ["64", "160"]
-
-
-def test_build_refuses_impossible_head_size(tmp_path):
-    with pytest.raises(SystemExit) as caught:
-        build.main(["--add", "1", "--output", str(tmp_path / "x.json")])
-    assert caught.value.code == 2 and not list(tmp_path.iterdir())
 
 
 def test_tables_import_needs_neither_scipy_nor_torch():

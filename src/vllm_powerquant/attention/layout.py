@@ -63,8 +63,19 @@ class PageLayout:
                 raise PowerQuantConfigError(f"{name} must be 2, 3, 4 or 8, got {getattr(self, name)}")
 
     @property
+    def key_bytes(self) -> int:
+        """A key's planes."""
+        return self.head_size * self.key_bits // 8
+
+    @property
+    def value_bytes(self) -> int:
+        """A value's planes."""
+        return self.head_size * self.value_bits // 8
+
+    @property
     def slot_bytes(self) -> int:
-        return self.head_size * (self.key_bits + self.value_bits) // 8 + 4
+        """Planes and a scale of 2 bytes of a key and of a value."""
+        return self.key_bytes + self.value_bytes + 4
 
     @property
     def sub_page_bytes(self) -> int:
@@ -78,11 +89,11 @@ class PageLayout:
     @property
     def value_plane_offsets(self) -> tuple[int, ...]:
         """Start of each value plane in the sub-page."""
-        return self._plane_offsets(self.value_bits, SUB_PAGE_TOKENS * self.head_size * self.key_bits // 8)
+        return self._plane_offsets(self.value_bits, SUB_PAGE_TOKENS * self.key_bytes)
 
     @property
     def key_scale_offset(self) -> int:
-        return SUB_PAGE_TOKENS * self.head_size * (self.key_bits + self.value_bits) // 8
+        return SUB_PAGE_TOKENS * (self.key_bytes + self.value_bytes)
 
     @property
     def value_scale_offset(self) -> int:
@@ -132,21 +143,33 @@ class PageLayout:
         Returns: [..., slot_bytes] uint8
         """
         scales = [s.contiguous().unsqueeze(-1).view(torch.uint8) for s in (key_scale, value_scale)]
-        planes = _pack(key_idx, self.key_bits, self.key_bits == 4, False)
-        planes += _pack(value_idx, self.value_bits, False, self.value_bits == 2 and self.flip_values)
-        return torch.cat(planes + scales, dim=-1)
+        return torch.cat((self.pack_key(key_idx), self.pack_value(value_idx), *scales), dim=-1)
 
     def unpack_slots(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Inverse of pack_slots: slots [..., slot_bytes] uint8 -> key_idx, key_scale, value_idx, value_scale."""
-        key_bytes, value_bytes = self.head_size * self.key_bits // 8, self.head_size * self.value_bits // 8
-        keys, values, scales = slots.split((key_bytes, value_bytes, 4), dim=-1)
+        keys, values, scales = slots.split((self.key_bytes, self.value_bytes, 4), dim=-1)
         scales = scales.contiguous().view(torch.float16)
-        return (
-            _unpack(keys, self.head_size, self.key_bits, self.key_bits == 4, False),
-            scales[..., 0],
-            _unpack(values, self.head_size, self.value_bits, False, self.value_bits == 2 and self.flip_values),
-            scales[..., 1],
-        )
+        return self.unpack_key(keys), scales[..., 0], self.unpack_value(values), scales[..., 1]
+
+    def pack_key(self, idx: torch.Tensor) -> torch.Tensor:
+        """idx [..., head_size] uint8 -> the planes of a key, one after the other: [..., key_bytes] uint8."""
+        return torch.cat(_pack(idx, self.key_bits, self.key_bits == 4, False), dim=-1)
+
+    def unpack_key(self, planes: torch.Tensor) -> torch.Tensor:
+        """Inverse of pack_key."""
+        return _unpack(planes, self.head_size, self.key_bits, self.key_bits == 4, False)
+
+    def pack_value(self, idx: torch.Tensor) -> torch.Tensor:
+        """idx [..., head_size] uint8 -> the planes of a value, one after the other: [..., value_bytes] uint8."""
+        return torch.cat(_pack(idx, self.value_bits, False, self._flips), dim=-1)
+
+    def unpack_value(self, planes: torch.Tensor) -> torch.Tensor:
+        """Inverse of pack_value."""
+        return _unpack(planes, self.head_size, self.value_bits, False, self._flips)
+
+    @property
+    def _flips(self) -> bool:
+        return self.value_bits == 2 and self.flip_values
 
     def slot_addresses(self, slot_mapping: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
         """Byte addresses of slots in a cache tensor's storage.

@@ -11,7 +11,21 @@ import os
 import sys
 
 from ..errors import PowerQuantError
-from . import benchmark, calibrate, chat, compare, convert, doctor, generate, info, predictor, relufy, serve
+from . import (
+    benchmark,
+    calibrate,
+    chat,
+    codebook,
+    compare,
+    completion,
+    convert,
+    doctor,
+    generate,
+    info,
+    predictor,
+    relufy,
+    serve,
+)
 
 # in the order of the help
 FAMILIES = (
@@ -20,12 +34,14 @@ FAMILIES = (
     compare,
     benchmark,
     calibrate,
+    codebook,
     convert,
     relufy,
     predictor,
     serve,
     info,
     doctor,
+    completion,
 )
 
 

@@ -17,7 +17,7 @@ def say(line: str) -> None:
 
 
 def progress_lines() -> Callable[[str], None]:
-    """A function that prints lines over each other on a terminal, else one every 10 s."""
+    """A function that prints lines over each other on a terminal, else one every 10 s; an empty one wipes the last."""
     terminal = sys.stderr.isatty()
     printed = float("-inf")
 
@@ -25,7 +25,7 @@ def progress_lines() -> Callable[[str], None]:
         nonlocal printed
         if terminal:
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-        elif time.monotonic() >= printed + 10:
+        elif line and time.monotonic() >= printed + 10:
             printed = time.monotonic()
             say(line)
 

@@ -1,25 +1,52 @@
-"""Builds data/codebooks.json: `python -m vllm_powerquant.codebooks.build` (needs scipy, about 5 seconds).
+"""What `powerquant codebook build` writes: data/codebooks.json (needs scipy, about 5 seconds).
 
 Beside each table of integers stands the Lloyd-Max optimum it approximates, for reference.
 """
 
-import argparse
+from __future__ import annotations
+
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from vllm_powerquant.codebooks.lloyd_max import integer_levels, solve_lloyd_max, uniform_levels
-from vllm_powerquant.codebooks.tables import BUILD_COMMAND, DATA_FILE
+from ..errors import PowerQuantConfigError
+from ..files import whole_file
+from .lloyd_max import integer_levels, solve_lloyd_max, uniform_levels
+from .tables import BUILD_COMMAND, DATA_FILE
 
 HEAD_SIZES = (64, 80, 96, 112, 128, 192, 256)
 LLOYD_MAX_BITS = (2, 3, 4)
 UNIFORM_BITS = (2, 3, 4, 8)
 
 
-def build_tables(head_sizes: Iterable[int]) -> str:
+def build(
+    output: Path = DATA_FILE, add: Iterable[int] = (), progress: Callable[[str], None] | None = None
+) -> tuple[int, ...]:
+    """Writes the file, made with its folder if need be.
+
+    Args:    add: head sizes beside the shipped ones; progress: called with a line at each head size
+    Returns: head sizes that the file has, ascending
+    Raises:  PowerQuantConfigError for a head size below 3 or a file that cannot be written
+    """
+    head_sizes = tuple(sorted({*HEAD_SIZES, *add}))
+    if head_sizes[0] < 3:
+        raise PowerQuantConfigError(f"a head size is 3 or more, got {head_sizes[0]}")
+    text = build_tables(head_sizes, progress)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(output) as file:
+            file.write_text(text, encoding="ascii")
+    except OSError as error:
+        raise PowerQuantConfigError(f"cannot write {output} ({error.strerror}); give another file with -o") from error
+    return head_sizes
+
+
+def build_tables(head_sizes: Iterable[int], progress: Callable[[str], None] | None = None) -> str:
     """The file's text: JSON with one line per table."""
     blocks = []
     for head_size in sorted(set(head_sizes)):
+        if progress:
+            progress(f"head size {head_size}")
         kinds = {
             "optimum": {bits: _optimum(head_size, bits) for bits in LLOYD_MAX_BITS},
             "lloyd_max": {bits: _entry(*integer_levels(head_size, bits)) for bits in LLOYD_MAX_BITS},
@@ -45,26 +72,3 @@ def _entry(levels: tuple[int, ...], step: float, mse: float) -> dict:
 def _round(x: float, digits: int) -> float:
     # so that the last bits of another scipy or libm do not show in the file
     return float(f"{x:.{digits}g}")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog=BUILD_COMMAND, description="Build the codebook file of this package.")
-    parser.add_argument(
-        "--add",
-        type=int,
-        nargs="+",
-        default=[],
-        metavar="HEAD_SIZE",
-        help="head sizes beside the shipped ones",
-    )
-    parser.add_argument("--output", type=Path, default=DATA_FILE, help="file to write (default: the package's own)")
-    args = parser.parse_args(argv)
-    if any(head_size < 2 for head_size in args.add):
-        parser.error("--add: a head size is 2 or more")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(build_tables((*HEAD_SIZES, *args.add)), encoding="ascii")
-    print(f"wrote {args.output}")
-
-
-if __name__ == "__main__":
-    main()

@@ -5,11 +5,15 @@
     cma_es            CMA-ES on the codebook's gaps, for either objective (cmaes.py)
     attention_aware   Lloyd's iteration on the second-order divergence of attention weights (attention_aware.py)
 
-The shipped tables are lloyd_max's, rounded to 8-bit integers (build.py); benchmarks/compare_codebooks.py compares them all.
+The shipped tables are lloyd_max's, rounded to 8-bit integers (build.py). `compare` sets the solvers that need no samples
+beside them, benchmarks/compare_codebooks.py all of them on a model.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +23,7 @@ from .attention_aware import AttentionSamples, attention_aware, attention_kl
 from .cmaes import cma_es
 from .fuzzy import Points, fuzzy_c_means, lloyd
 from .lloyd_max import UnitCoordinate, mse_of, solve_lloyd_max
-from .tables import Codebook
+from .tables import KINDS, Codebook, load_codebook, supported_head_sizes
 
 # what each solver can minimise, the default first
 OBJECTIVES = {
@@ -30,6 +34,7 @@ OBJECTIVES = {
 }
 SOLVERS = tuple(OBJECTIVES)
 BITS = (2, 3, 4)
+MSE_SOLVERS = tuple(name for name, objectives in OBJECTIVES.items() if "mse" in objectives)
 # much finer than any loss here can tell, and exact in float32
 _STEP = 2.0**-12
 
@@ -100,6 +105,48 @@ def solve(
         positive = cma_es(loss, optimum, seed, max_evaluations=50 * spread.size, tolerance=1e-5)
     centroids = _mirrored(positive)
     return Solution(name, objective, head_size, bits, centroids, mse_of(head_size, centroids), loss(positive))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One codebook of a comparison."""
+
+    head_size: int
+    bits: int
+    codebook: str  # a solver's name, or "shipped" and the kind of table
+    mse: float  # exact and relative, of a coordinate of a random unit vector; of the shipped trellis: measured
+    over_optimum: float  # relative, over the least that a codebook without memory can have
+    seconds: float | None  # to solve; None: shipped
+
+
+def can_solve(name: str) -> bool:
+    """Whether the packages that a solver needs are installed (scipy aside, which all of them need)."""
+    return name != "cma_es" or importlib.util.find_spec("cma") is not None
+
+
+def compare(
+    head_size: int, widths: Iterable[int], names: Iterable[str], progress: Callable[[str], None] | None = None
+) -> list[Compared]:
+    """Codebooks that solvers find for random vectors, and the shipped ones where this head size has them.
+
+    Args:    widths: bits, each 2, 3 or 4; names: of MSE_SOLVERS; progress: called with a line before each solution
+    Raises:  PowerQuantConfigError as `solve`
+    """
+    rows = []
+    for bits in widths:
+        optimum = solve("lloyd_max", head_size, bits).mse
+        found: list[tuple[str, float, float | None]] = []
+        for name in names:
+            if progress:
+                progress(f"{bits} bits: {name}")
+            start = time.perf_counter()
+            mse = solve(name, head_size, bits, objective="mse").mse
+            found.append((name, mse, time.perf_counter() - start))
+        if head_size in supported_head_sizes():
+            kinds = (*KINDS, "trellis") if bits == 2 else KINDS
+            found += [(f"shipped {kind}", load_codebook(head_size, bits, kind).mse, None) for kind in kinds]
+        rows += [Compared(head_size, bits, name, mse, mse / optimum - 1, seconds) for name, mse, seconds in found]
+    return rows
 
 
 def _mirrored(positive: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from vllm_powerquant.errors import PowerQuantConfigError, PowerQuantUnsupportedError
 
 DATA_FILE = Path(__file__).parent / "data" / "codebooks.json"
-BUILD_COMMAND = "python -m vllm_powerquant.codebooks.build"
+BUILD_COMMAND = "powerquant codebook build"
 
 KINDS = ("lloyd_max", "uniform")
 BITS = (2, 3, 4, 8)
@@ -52,24 +52,26 @@ class Codebook:
         return ((levels[1:] + levels[:-1] + 1) * 0.5 * self.step).astype(np.float32)
 
 
-def load_codebook(head_size: int, bits: int, kind: str = "lloyd_max") -> Codebook:
-    """The shipped codebook; at 8 bits every kind is the uniform one.
+def load_codebook(head_size: int, bits: int, kind: str = "lloyd_max", file: Path = DATA_FILE) -> Codebook:
+    """The codebook of a file, by default the shipped one; at 8 bits every kind is the uniform one.
 
     Args:
         bits: 2, 3, 4 or 8.
         kind: "lloyd_max" (8-bit integer levels of least MSE), "uniform" (2**(bits-1) even levels a side) or, of 2 bits,
-            "trellis".
+            "trellis", which is no file's.
     Raises:
-        PowerQuantConfigError: bits or kind does not exist.
+        PowerQuantConfigError: bits or kind does not exist, or it is not a file that `codebook build` wrote.
         PowerQuantUnsupportedError: no codebook was built for this head size.
     """
     if (bits, kind) == (2, "trellis"):
         return Codebook(head_size, 2, kind, TRELLIS_LEVELS, TRELLIS_STEP, TRELLIS_MSE)
+    if kind == "trellis":
+        raise PowerQuantConfigError(f"kind 'trellis' is for 2 bits, got {bits!r}")
     if kind not in KINDS:
         raise PowerQuantConfigError(f"kind must be {' or '.join(map(repr, KINDS))}, got {kind!r}")
     if bits not in BITS:
         raise PowerQuantConfigError(f"bits must be 2, 3, 4 or 8, got {bits!r}")
-    tables = _read_tables()
+    tables = _read_tables(file)
     if head_size not in tables:
         known = ", ".join(map(str, tables))
         raise PowerQuantUnsupportedError(
@@ -87,6 +89,10 @@ def supported_head_sizes() -> tuple[int, ...]:
 
 
 @functools.cache
-def _read_tables() -> dict[int, Any]:
-    tables = json.loads(DATA_FILE.read_text(encoding="ascii"))["head_sizes"]
-    return {int(head_size): kinds for head_size, kinds in tables.items()}
+def _read_tables(file: Path = DATA_FILE) -> dict[int, Any]:
+    try:
+        tables = json.loads(file.read_text(encoding="ascii"))["head_sizes"]
+        return {int(head_size): kinds for head_size, kinds in tables.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it has no codebooks"
+        raise PowerQuantConfigError(f"cannot read codebooks from {file}: {why}; write one with: {BUILD_COMMAND}") from error
