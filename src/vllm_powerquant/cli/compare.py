@@ -70,8 +70,7 @@ def _compare(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(done.to_dict()))
         return 0
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    show("")
     _print(done)
     return 0
 
