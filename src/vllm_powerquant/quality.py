@@ -81,7 +81,7 @@ def cut(ids: Sequence[int], part: tuple[float, float], tokens: int, count: int, 
 @torch.inference_mode()
 def make_segment(model: PreTrainedModel, name: str, ids: Sequence[int], prompt_tokens: int, chunk: int = 16) -> Segment:
     """Prefill the first prompt_tokens of ids and score the rest with the uncompressed cache."""
-    prompt, rest = torch.tensor(ids[:prompt_tokens]), torch.tensor(ids[prompt_tokens - 1 :])
+    prompt, rest = (torch.tensor(x, device=model.device) for x in (ids[:prompt_tokens], ids[prompt_tokens - 1 :]))
     cache = DynamicCache()
     # the prompt's last token is the first one decoded: its distribution is of the first continuation token
     model(prompt[None, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)

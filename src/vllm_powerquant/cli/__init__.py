@@ -7,6 +7,7 @@ Each module listed in FAMILIES has add(verbs), which adds its verbs' parsers; wh
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -15,10 +16,28 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import PowerQuantError
-from . import calibrate, codebook, completion, convert, info, predictor, relufy, serve
+from . import (
+    benchmark,
+    calibrate,
+    chat,
+    codebook,
+    compare,
+    completion,
+    convert,
+    doctor,
+    generate,
+    info,
+    predictor,
+    relufy,
+    serve,
+)
 
 # in the order of the help
 FAMILIES = (
+    generate,
+    chat,
+    compare,
+    benchmark,
     calibrate,
     codebook,
     convert,
@@ -26,6 +45,7 @@ FAMILIES = (
     predictor,
     serve,
     info,
+    doctor,
     completion,
 )
 
@@ -40,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 refused or failed with one line of reason, 2 usage, 130 interrupted."""
+    """Exit code: 0 done, 1 refused or failed with one line of reason, 2 usage, 130 interrupted, 141 output not wanted."""
     args = build_parser().parse_args(argv)
     try:
         with _sigterm_interrupts():
@@ -50,6 +70,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # whoever read our output has ended; nor may the interpreter try to write the rest when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 @contextmanager

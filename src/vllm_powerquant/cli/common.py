@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
 
 
 def say(line: str) -> None:
@@ -27,3 +30,23 @@ def progress_lines() -> Callable[[str], None]:
             say(line)
 
     return show
+
+
+def coloured(text: str, code: str, stream: TextIO) -> str:
+    """ANSI colour on a terminal, unless NO_COLOR is set (no-color.org) or the terminal has none; code as in "1;32"."""
+    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[{code}m{text}\x1b[0m"
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Meanwhile a terminal's stderr shows the text; the line is empty again afterwards."""
+    terminal = sys.stderr.isatty()
+    if terminal:
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
