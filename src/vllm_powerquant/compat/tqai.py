@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
 from ..hf import PowerQuantCache
 from ..hf import patch as _patch
+from ..hf.patch import is_patched
 from ..hf import unpatch as _unpatch
 
 if TYPE_CHECKING:
@@ -77,5 +78,6 @@ def patch(
 
 
 def unpatch(model: PreTrainedModel) -> None:
-    """The model as it was before patch. Raises: PowerQuantConfigError if it was not patched"""
-    _unpatch(model)
+    """The model as it was before patch; nothing if it was not patched."""
+    if is_patched(model):
+        _unpatch(model)
