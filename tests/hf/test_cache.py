@@ -291,3 +291,13 @@ def test_layers_share_what_they_know_of_a_step(llama):
     other = copy.deepcopy(cache)
     cache.reorder_cache(torch.tensor([1, 0]))
     assert len({id(layer.rows) for layer in cache.layers}) == 1 and other.layers[0].rows is not cache.layers[0].rows
+
+
+def test_it_goes_on_outside_of_inference_mode(either):
+    """Transformers' own cache may be filled under inference_mode and used without."""
+    chunks = tokens(300)[0][None].split([200, 1, 99], 1)
+    cache, want = PowerQuantCache(either), PowerQuantCache(either)
+    for i, chunk in enumerate(chunks):
+        with torch.inference_mode() if i != 1 else torch.no_grad():
+            got = either(chunk, past_key_values=cache, use_cache=True).logits
+        assert torch.equal(got, logits(either, chunk, want))

@@ -15,6 +15,7 @@ from ..attention.cache_format import SCALAR, CacheFormat
 from ..calibration import ModelShape, load_calibration
 from ..config import PowerQuantConfig
 from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
+from .graphs import DecodeGraphs
 from .layer import PackedLayer
 from .sequences import Window
 
@@ -44,6 +45,8 @@ class LayerMemory:
 @dataclass(frozen=True)
 class MemoryReport:
     """What a cache holds, in bytes of its tensors, beside a DynamicCache's for the same positions.
+
+    table_bytes: centres and scales of calibrated keys, and what CUDA graphs of decode steps read and write.
 
     path: "fused": attention reads packed pages; "dequantized": it reads `buffer_bytes` of decoded copies, which are held as
     well; "none": nothing was cached yet. tokens_packed: read as packed codes in the next step; tokens_exact: the others;
@@ -145,6 +148,7 @@ class PowerQuantCache(Cache):
         self.padding_mask: torch.Tensor | None = None
         self._offered: PackedLayer | None = None
         self._last: tuple | None = None
+        self._graphs: dict[torch.device, DecodeGraphs] = {}
         if model is None:
             if protected_layers or layer_bits or calibration is not None:
                 raise PowerQuantConfigError(
@@ -207,6 +211,10 @@ class PowerQuantCache(Cache):
             )
         layer.is_offered = True
 
+    def graphs_on(self, device: torch.device) -> DecodeGraphs:
+        """What the layers on a GPU share for their CUDA graphs."""
+        return self._graphs.setdefault(device, DecodeGraphs())
+
     def shared(self, rows: Any, key: tuple, make: Callable[[], Any]) -> Any:
         """make(), or what it was for another layer that had the same rows. rows None: none yet."""
         if self._last is None or self._last[0] is not rows or self._last[1] != key:
@@ -230,9 +238,10 @@ class PowerQuantCache(Cache):
             tokens_packed=sum(sum(layer.rows.lens) for layer in packed) - exact,
             tokens_exact=exact,
             layers=layers,
+            table_bytes=sum(layer.table_bytes for layer in layers) + sum(x.nbytes for x in self._graphs.values()),
             **{
                 name: sum(getattr(layer, name) for layer in layers)
-                for name in ("packed_bytes", "exact_bytes", "buffer_bytes", "table_bytes", "uncompressed_bytes")
+                for name in ("packed_bytes", "exact_bytes", "buffer_bytes", "uncompressed_bytes")
             },
         )
 
