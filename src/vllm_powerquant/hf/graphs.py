@@ -1,8 +1,8 @@
 """A decode step's attention on a GPU as one CUDA graph a layer, so that Python does not launch each kernel.
 
-A graph reads and writes fixed addresses. What changes from step to step is copied there: the step's tables once a step for all
-layers, queries, keys and values of each layer. When a layer's pages move (they grow, rows are chosen) its graph is void and the
-next steps run without, until two have found the same pages: then it pays to record another.
+A graph reads and writes fixed addresses. What changes from step to step is copied there: the step's tables once a step for
+all layers, queries, keys and values of each layer. When a layer's pages move (they grow, rows are chosen) its graph is void
+and the next steps run without, until two have found the same pages: then it pays to record another.
 """
 
 from __future__ import annotations
