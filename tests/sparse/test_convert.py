@@ -5,6 +5,8 @@ and dense give the same logits.
 """
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +22,7 @@ from sparse.reference import File
 from vllm_powerquant.cli import main
 from vllm_powerquant.errors import PowerQuantConfigError, PowerQuantError, PowerQuantUnsupportedError
 from vllm_powerquant.model import _hf_tokenizer, unpermute_rotary_rows
+from vllm_powerquant.sparse import blocks
 from vllm_powerquant.sparse.blocks import quantize_q6_k
 from vllm_powerquant.sparse.convert import convert
 from vllm_powerquant.sparse.vocabulary import read_vocabulary
@@ -758,6 +761,38 @@ def test_command(checkpoint, tmp_path, capsys):
     assert File(output).magic == b"GGUF"
     assert main(["convert", folder, "-o", str(tmp_path / "nowhere" / "m.gguf")]) == 1
     assert "nowhere/m.gguf: give a file in an existing folder" in capsys.readouterr().err
+
+
+def test_only_model_files_are_replaced(tmp_path, capsys):
+    folder = write_checkpoint(SHAPES["tiny"], tmp_path / "m")
+    weights = (folder / "model.safetensors").read_bytes()
+    assert main(["convert", str(folder), "-o", str(folder / "model.safetensors")]) == 1
+    assert "model.safetensors is there and is no model file" in capsys.readouterr().err
+    assert (folder / "model.safetensors").read_bytes() == weights
+    (tmp_path / "m.gguf").touch()
+    for options in ((), ("--type", "f32")):
+        assert main(["convert", str(folder), "-o", str(tmp_path / "m.gguf"), *options]) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_conversion_leaves_nothing(number, tmp_path, monkeypatch, capsys):
+    folder = write_checkpoint(SHAPES["tiny"], tmp_path / "m")
+    real = blocks.encode
+
+    def stopped(tensor, kind, name):
+        if name == "output_norm.weight":
+            os.kill(os.getpid(), number)
+        return real(tensor, kind, name)
+
+    monkeypatch.setattr(blocks, "encode", stopped)
+    # in place of death, if the command does not see to it
+    before = signal.signal(signal.SIGTERM, handler := lambda number, frame: None)
+    try:
+        assert main(["convert", str(folder), "-o", str(tmp_path / "x.gguf"), "--json"]) == 130
+    finally:
+        left = signal.signal(signal.SIGTERM, before)
+    assert left is handler
+    assert [path.name for path in tmp_path.iterdir()] == ["m"] and capsys.readouterr().out == ""
 
 
 def test_the_benchmarks_models(tmp_path):

@@ -1,7 +1,9 @@
 """Trained predictors: how well, from file to engine, resuming, thresholds, refusals."""
 
 import json
+import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -257,8 +259,10 @@ def test_an_interrupted_run_goes_on(text, tmp_path, monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(lowrank, "train", interrupted)
+    said = []
     with pytest.raises(KeyboardInterrupt):
-        train_predictors(folder, tmp_path / "p", **options)
+        train_predictors(folder, tmp_path / "p", **options, say=said.append)
+    assert said[-1] == "stopped with 1 of 3 layers finished; the same command goes on"
     assert (tmp_path / "p" / "work" / "layer_0.safetensors").is_file()
     assert not list((tmp_path / "p").glob("model_*"))
     said = []
@@ -302,6 +306,36 @@ def test_a_folder_begun_otherwise(text, tmp_path):
         train_predictors(folder, tmp_path / "p", **(options | {"seed": 1}))
 
 
+def test_a_second_run_in_the_same_folder_is_refused(text, tmp_path, monkeypatch):
+    """Another process holds the folder, until it is killed."""
+    folder = write_checkpoint(SHAPES["tiny"], tmp_path / "m")
+    options = {"texts": [text], "rank": 32, "training": QUICK, **OPTIONS}
+    output = tmp_path / "p"
+    output.mkdir()
+    hold = "import sys, time, pathlib; from vllm_powerquant.files import sole_use\n"
+    hold += "with sole_use(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(output)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(PowerQuantConfigError, match=f"another run is writing .*p .process {other.pid}.; wait"):
+            train_predictors(folder, output, **options, restart=True)
+        assert [path.name for path in output.iterdir()] == [".lock"]
+    finally:
+        other.kill()
+        other.wait()
+    # held while training
+    real = lowrank.train
+
+    def with_another(*args, **kwargs):
+        with pytest.raises(PowerQuantConfigError, match=f"another run is writing .*p .process {os.getpid()}"):
+            train_predictors(folder, output, **options)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(lowrank, "train", with_another)
+    train_predictors(folder, output, **options)
+    assert not (output / ".lock").exists()
+
+
 def test_a_rank_by_budget(text, tmp_path):
     folder = write_checkpoint(Shape(intermediate_size=512), tmp_path / "m")
     report = train_predictors(folder, tmp_path / "p", texts=[text], budget=0.45, training=QUICK, **OPTIONS)
@@ -326,6 +360,8 @@ def test_refusals(text, tmp_path):
         ({"recall": 1.0}, "recall must lie between 0 and 1, such as 0.99, got 1"),
         ({"budget": 0.0}, "budget must be above 0 and at most 1, got 0"),
         ({"training": Training(epochs=0)}, "epochs, batch, .* must be above 0, got 0"),
+        ({"seed": -1}, "seed must be 0 to 4294967295, got -1"),
+        ({"seed": 10**20}, "seed must be 0 to 4294967295, got 1000"),
         ({"tokens": 576}, "training needs 10 windows of text or more, got 9 of 64 tokens"),
         ({"device": "tpu9"}, "device must be one that PyTorch finds here"),
     ):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sparse.models import SHAPES, Shape, write_checkpoint
 from vllm_powerquant.cli import main
@@ -93,6 +94,12 @@ def test_refusals(text, tmp_path):
         with pytest.raises(PowerQuantConfigError, match=message):
             profile(folder, tmp_path / output, **({"texts": [text], "progress": False} | options))
     assert not (tmp_path / "p" / "profile.json").exists()
+    # what is no number is not zero, but no active neuron either
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: tensors[name] * torch.nan}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(PowerQuantConfigError, match="layer 1 of .*no finite numbers"):
+        profile(folder, tmp_path / "p", texts=[text], progress=False)
 
 
 def test_command(text, tmp_path, capsys):

@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse.models import Shape, write_checkpoint
@@ -440,6 +440,12 @@ def test_models_that_are_refused(shape, said, text, tmp_path):
         (("--sampled", "-5", "--steps", "1"), "sampled must be"),
         (("--text", "{text}", "--steps", "1", "--save-every", "0"), "save_every must be"),
         (("--text", "{text}", "--steps", "1", "--length", "32", "--device", "tpu"), "device must be one"),
+        (("--text", "{text}", "--steps", "1", "--length", "32", "--seed", "-1"), "seed must be 0 to 4294967295, got -1"),
+        (
+            ("--text", "{text}", "--steps", "1", "--length", "32", "--batch", "9999"),
+            "a step takes 9999 windows of 32 tokens",
+        ),
+        (("--text", "{text}", "--steps", "1", "--eval-windows", "9999", "--length", "32"), "eval_windows must be 0 to"),
         (("--samples", "{text}", "--steps", "1", "--length", "32"), "can't be read"),
     ],
     ids=str,
@@ -459,10 +465,37 @@ def test_output_folders_that_are_refused(folder, text, tmp_path, capsys):
         (tmp_path / "full", "is not empty"),
         (text, "cannot write"),
         (tmp_path / "no" / "out", "cannot write"),
+        (Path("/proc/out"), "cannot write"),
     ):
         assert main(arguments(folder, output, text)) == 1
         assert said in capsys.readouterr().err
     assert (tmp_path / "full" / "x").read_text() == "mine"
+
+
+def test_a_second_run_in_the_same_folder_is_refused(folder, text, tmp_path, monkeypatch, capsys):
+    advance = Trainer.advance
+
+    def with_another(self, *args):
+        if self.step == 0:
+            assert main(arguments(folder, tmp_path / "out", text)) == 1
+            told = capsys.readouterr().err
+            assert "another run is writing" in told and str(os.getpid()) in told and told.count("\n") == 1
+        advance(self, *args)
+
+    monkeypatch.setattr(Trainer, "advance", with_another)
+    assert main(arguments(folder, tmp_path / "out", text)) == 0
+    assert [path.name for path in (tmp_path / "out" / "relufy").iterdir()] == ["deltas.safetensors"]
+
+
+def test_a_checkpoint_without_a_tensor_is_one_error(folder, text, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.gate_proj.weight"]
+    save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    assert main(arguments(tmp_path / "m", tmp_path / "out", text)) == 1
+    assert "lacks 1 tensors, the first is model.layers.0.mlp.gate_proj.weight" in capsys.readouterr().err
+    assert main(arguments("nowhere", tmp_path / "out", text)) == 1
+    assert "takes a checkpoint's folder, and 'nowhere' is none" in capsys.readouterr().err
 
 
 def test_deltas_of_another_model_are_refused(folder, weights, model, tmp_path):

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from vllm_powerquant import info, serve
@@ -16,6 +17,7 @@ from vllm_powerquant.cli import main
 from vllm_powerquant.errors import PowerQuantConfigError, PowerQuantError, PowerQuantUnsupportedError
 from vllm_powerquant.serve import choose, command
 from vllm_powerquant.sparse.executor import SparseEngine
+from vllm_powerquant.sparse.split import Split, write_split
 
 COMMAND = [sys.executable, "-m", "vllm_powerquant.cli"]
 
@@ -49,6 +51,12 @@ def test_architecture_that_the_engine_lacks_names_what_serves_it(tmp_path):
     text = "architecture 'gemma3', and the engine runs llama, bamboo, falcon, opt; .* vLLM serves.* llama-server"
     with pytest.raises(PowerQuantUnsupportedError, match=text):
         choose(str(path))
+
+
+def test_a_plan_of_neurons_is_no_model(tmp_path):
+    write_split(tmp_path / "m.gpuidx", Split(0, [np.empty(0, np.int32)], [32]))
+    with pytest.raises(PowerQuantUnsupportedError, match="m.gpuidx is a plan of hot neurons.*give the sparse model"):
+        choose(tmp_path / "m.gpuidx")
 
 
 def test_what_is_no_model_is_refused(tmp_path, tiny_model):

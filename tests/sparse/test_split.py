@@ -18,6 +18,7 @@ gguf = pytest.importorskip("gguf")
 
 LAYERS = 12
 SHAPE = Shape(intermediate_size=512, num_layers=LAYERS)
+ENOUGH = 1 << 20  # bytes, of some groups
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +95,10 @@ def test_the_file_as_gguf_reads_it(model, profiled, tmp_path):
         assert len(bucket) in (256, 512)
 
 
-@pytest.mark.parametrize(("budget", "hot"), [(0, 0), (256 * 384 - 1, 0), (512 * 384 * LAYERS, 512), (10**12, 512)])
-def test_nothing_and_everything(budget, hot, model, profiled, tmp_path):
+@pytest.mark.parametrize(("budget", "hot"), [(512 * 384 * LAYERS, 512), (10**12, 512)])
+def test_everything(budget, hot, model, profiled, tmp_path):
     plan = split(model(), profiled[0], budget, tmp_path / "m.gpuidx")
-    assert plan.hot == [hot] * LAYERS and plan.covered == (hot > 0) and plan.hot_share == (hot > 0)
+    assert plan.hot == [hot] * LAYERS and plan.covered == plan.hot_share == 1
     got = read_split(tmp_path / "m.gpuidx")
     assert [len(ids) for ids in got.hot] == [hot] * LAYERS and got.capacity == budget
 
@@ -149,20 +150,26 @@ def test_refusals(model, profiled, tmp_path):
     write_checkpoint(SHAPE, tmp_path / "m")
     convert(tmp_path / "m", tmp_path / "dense.gguf", progress=False)
     with pytest.raises(PowerQuantUnsupportedError, match="dense.gguf is no sparse model.*powerquant convert"):
-        split(tmp_path / "dense.gguf", folder, 0, output)
+        split(tmp_path / "dense.gguf", folder, ENOUGH, output)
     write_split(tmp_path / "x.gpuidx", Split(0, [np.empty(0, np.int32)], [32]))
     with pytest.raises(PowerQuantUnsupportedError, match="x.gpuidx is no sparse model"):
-        split(tmp_path / "x.gpuidx", folder, 0, output)
+        split(tmp_path / "x.gpuidx", folder, ENOUGH, output)
     (tmp_path / "text").write_text("none")
     for path, message in ((tmp_path / "text", "is no model file"), (tmp_path / "nothing", "cannot read")):
         with pytest.raises(PowerQuantConfigError, match=message):
-            split(path, folder, 0, output)
-    with pytest.raises(PowerQuantConfigError, match="budget must be 0 bytes or more, got -1"):
-        split(model(), folder, -1, output)
+            split(path, folder, ENOUGH, output)
+    for budget in (-1, 0, 40, 256 * 384 - 1):
+        with pytest.raises(PowerQuantConfigError, match=f"a group of 256 neurons.* got {budget}; give 98304 or more"):
+            split(model(), folder, budget, output)
+    kept = model().read_bytes()
+    for path in (model(), tmp_path / "text"):
+        with pytest.raises(PowerQuantConfigError, match=f"{path.name} is there and is no gpuidx file"):
+            split(model(), folder, 1 << 20, path)
+    assert model().read_bytes() == kept and (tmp_path / "text").read_text() == "none"
     with pytest.raises(PowerQuantConfigError, match="give a file in an existing folder"):
-        split(model(), folder, 0, tmp_path / "nowhere" / "m.gpuidx")
+        split(model(), folder, ENOUGH, tmp_path / "nowhere" / "m.gpuidx")
     with pytest.raises(PowerQuantConfigError, match="profile must be a folder.*powerquant profile"):
-        split(model(), tmp_path / "none", 0, output)
+        split(model(), tmp_path / "none", ENOUGH, output)
     for change, message in (
         (counts[:-1], "activation_11.pt can't be read .*the model has 12 layers"),
         (torch.cat([counts, counts[:1]]), "it has activation_12.pt, the model 12 layers"),
@@ -172,14 +179,14 @@ def test_refusals(model, profiled, tmp_path):
         other = tmp_path / f"profile-{len(message)}-{len(change)}"
         write_counts(other, [row.clone() for row in change])
         with pytest.raises(PowerQuantConfigError, match=message):
-            split(model(), other, 0, output)
+            split(model(), other, ENOUGH, output)
     (folder / "profile.json").write_text(json.dumps({"num_layers": 12, "intermediate_size": 1536}))
     with pytest.raises(PowerQuantConfigError, match="of another model: intermediate_size 1536, the model's 512"):
-        split(model(), folder, 0, output)
+        split(model(), folder, ENOUGH, output)
     (folder / "profile.json").unlink()
     (folder / "activation" / "activation_3.pt").write_bytes(b"PK")
     with pytest.raises(PowerQuantConfigError, match="activation_3.pt can't be read"):
-        split(model(), folder, 0, output)
+        split(model(), folder, ENOUGH, output)
     assert not list(output.parent.iterdir())
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sparse.models import SHAPES, write_checkpoint
 from vllm_powerquant.errors import PowerQuantConfigError, PowerQuantUnsupportedError
@@ -120,5 +121,27 @@ def test_refusals_of_checkpoints(tmp_path, tiny):
     (empty / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
     with pytest.raises(PowerQuantUnsupportedError, match="GPT2LMHeadModel"):
         load_causal_lm(empty)
+    # what cannot be a name on the hub is not looked for there
+    for name in (tiny / "config.json", "a/b/c", "no such name", "./none"):
+        with pytest.raises(PowerQuantConfigError, match=f"cannot load {name}: there is no such folder"):
+            find_checkpoint(name)
+
+
+def test_damaged_weights_are_one_error(tmp_path, capfd):
+    folder = write_checkpoint(SHAPES["tiny"], tmp_path / "m")
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(PowerQuantConfigError, match="cannot load .*m: .*not fully covered"):
+        load_causal_lm(folder, device="cpu")
+    tensors, name = load_file(write_checkpoint(SHAPES["tiny"], folder) / path.name), "model.layers.1.mlp.gate_proj.weight"
+    save_file(tensors | {name: tensors[name][:50].clone()}, path, {"format": "pt"})
+    with pytest.raises(PowerQuantConfigError, match=f"{name} must have shape .128, 64. by config.json, got .50, 64."):
+        load_causal_lm(folder, device="cpu")
+    del tensors[name]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(PowerQuantConfigError, match=f"it lacks 1 tensors, the first is {name}"):
+        load_causal_lm(folder, device="cpu")
+    assert "LOAD REPORT" not in "".join(capfd.readouterr())
     with pytest.raises(PowerQuantConfigError, match="device must be one that PyTorch finds here.*'tpu9'"):
         choose_device("tpu9")

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from ..errors import PowerQuantError
 from . import (
@@ -58,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 refused or failed with one line of reason, 2 usage, 130 interrupted, 141 output not wanted."""
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
+        with _sigterm_interrupts():
+            return args.run(args)
     except PowerQuantError as error:
         print(f"powerquant: {error}", file=sys.stderr)
         return 1
@@ -68,3 +74,20 @@ def main(argv: list[str] | None = None) -> int:
         # whoever read our output has ended; nor may the interpreter try to write the rest when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM is taken as Ctrl-C is: what is half written is removed, instead of left under a passing name."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

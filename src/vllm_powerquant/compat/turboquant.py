@@ -1,4 +1,4 @@
-"""The names of the package turboquant 0.2.0: `from vllm_powerquant.compat.turboquant import TurboQuantMSE`.
+"""The names of the package turboquant 0.2.0: `from vllm_powerquant.compat.turboquant import TurboQuantCache, TurboQuantMSE`.
 
 What differs from that package: rotation and codebooks are this package's (randomized Hadamard transforms, Lloyd-Max tables),
 and so are head sizes and bits: 1 bit and other dimensions are refused.
@@ -7,6 +7,8 @@ and so are head sizes and bits: 1 bit and other dimensions are refused.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,8 +16,12 @@ from ..attention import reference
 from ..attention.rotation import rotation_matrix, unrotate
 from ..codec import Codec
 from ..errors import PowerQuantConfigError
+from ..hf import PowerQuantCache
 
-__all__ = ["TurboQuantMSE"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["TurboQuantCache", "TurboQuantMSE"]
 
 
 class TurboQuantMSE:
@@ -72,3 +78,49 @@ class TurboQuantMSE:
                 f"{list(indices.shape)} and {list(norms.shape)}"
             )
         return unrotate(self.codebook.to(indices.device)[indices.long()]) * norms
+
+
+class TurboQuantCache(PowerQuantCache):
+    """A cache for `past_key_values=`, by that package's arguments: 128 newest tokens exact, no sinks.
+
+    Args:
+        bits: of keys and of values: 2, 3, 4 or 8.
+        key_bits, value_bits: instead of `bits`, each for itself.
+        protected_layers: so many first and last layers, or a list of layers, stay exact; needs `config`.
+        config: the model's config, or the model: then, and with attn_implementation="powerquant", attention reads packed
+        pages.
+    Raises:
+        PowerQuantConfigError: bits that do not exist or are given twice, or protected_layers without a config.
+    """
+
+    def __init__(
+        self,
+        bits: int | None = None,
+        *,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        protected_layers: int | Sequence[int] = 0,
+        config: PreTrainedModel | PreTrainedConfig | None = None,
+    ) -> None:
+        if bits is not None and (key_bits is not None or value_bits is not None):
+            raise PowerQuantConfigError(f"give bits ({bits}), or key_bits and value_bits, not both")
+        bits = 3 if bits is None else bits  # that package's default
+        super().__init__(
+            config,
+            key_bits=bits if key_bits is None else key_bits,
+            value_bits=bits if value_bits is None else value_bits,
+            sink_tokens=0,
+            protected_layers=protected_layers,
+        )
+
+    def memory_usage_bytes(self) -> dict[str, float]:
+        """That package's names for memory_report(): bytes of packed pages, of exact tokens, of all, and of an uncompressed
+        cache, and the last over the last but one."""
+        report = self.memory_report()
+        return {
+            "compressed_bytes": report.packed_bytes,
+            "residual_bytes": report.exact_bytes,
+            "total_bytes": report.total_bytes,
+            "fp16_equivalent_bytes": report.uncompressed_bytes,
+            "savings_ratio": report.uncompressed_bytes / max(report.total_bytes, 1),
+        }

@@ -106,8 +106,9 @@ class PowerQuantCache(Cache):
     than it saves: `memory_report()` says which of both it was. Layers with a sliding window keep their few tokens exact, as
     Transformers' own cache does; so do protected layers, all their tokens; linear attention has its usual state.
 
-    Args: model: the model, or its config. With a model, attention masks are seen, so that padding is never stored and each
-              row's first tokens are its sinks; with a config alone that is so with fused attention only
+    Args: model: the model, or its config; without either layers come as they are used, as full attention, and are never read
+              packed. With a model, attention masks are seen, so that padding is never stored and each row's first tokens are
+              its sinks; with a config that is so with fused attention only, and with neither padding counts as tokens
           key_bits, value_bits: 2, 3, 4 or 8; value_codec: "scalar" or, for 2-bit values, "trellis" (a fifth less error)
           residual_tokens: newest tokens kept exact; sink_tokens: first tokens kept exact
           protected_layers: so many first and as many last layers stay exact; or a list of layers, negative from the end
@@ -120,7 +121,7 @@ class PowerQuantCache(Cache):
 
     def __init__(
         self,
-        model: PreTrainedModel | PreTrainedConfig,
+        model: PreTrainedModel | PreTrainedConfig | None = None,
         *,
         key_bits: int = 4,
         value_bits: int = 2,
@@ -131,10 +132,8 @@ class PowerQuantCache(Cache):
         calibration: str | Path | None = None,
         layer_bits: dict[int, tuple[int, int]] | None = None,
     ) -> None:
-        config, is_model = _config_of(model)
-        self._config = _Shared(config)
         protect = protected_layers if isinstance(protected_layers, int) else 0
-        options = PowerQuantConfig(
+        self.options = PowerQuantConfig(
             key_bits=key_bits,
             value_bits=value_bits,
             value_codec=value_codec,
@@ -142,7 +141,20 @@ class PowerQuantCache(Cache):
             sink_tokens=sink_tokens,
             protected_layers=protect,
         )
-        window = Window(residual_tokens, sink_tokens)
+        self.window = Window(residual_tokens, sink_tokens)
+        self.padding_mask: torch.Tensor | None = None
+        self._offered: PackedLayer | None = None
+        self._last: tuple | None = None
+        if model is None:
+            if protected_layers or layer_bits or calibration is not None:
+                raise PowerQuantConfigError(
+                    "protected_layers, layer_bits and calibration are of a model's layers; give PowerQuantCache the model"
+                )
+            self._config = _Shared(None)
+            super().__init__(layers=[])
+            return
+        config, is_model = _config_of(model)
+        self._config = _Shared(config)
         layers: list[CacheLayerMixin] = DynamicCache(config=config).layers
         if not layers:
             raise PowerQuantUnsupportedError(f"{type(config).__name__} has no attention layers to cache")
@@ -156,23 +168,31 @@ class PowerQuantCache(Cache):
         for i, layer in enumerate(layers):
             # other kinds (sliding, linear attention, ...) hold a bounded state and stay Transformers' own
             if type(layer) is DynamicLayer and i not in exact:
-                cache_format = CacheFormat.of(options, ModelShape.of(config).head_size)
-                if i in bits:
-                    key, value = bits[i]
-                    cache_format = CacheFormat(cache_format.head_size, key, value, value_codec if value == 2 else SCALAR)
-                layers[i] = PackedLayer(self, cache_format, window, None if frames is None else frames[i])
+                cache_format = self.format_of(ModelShape.of(config).head_size, *bits.get(i, ()))
+                layers[i] = PackedLayer(self, cache_format, self.window, None if frames is None else frames[i])
         super().__init__(layers=layers)
-        self.padding_mask: torch.Tensor | None = None
-        self._offered: PackedLayer | None = None
-        self._last: tuple | None = None
         if is_model:
             watch_padding(model)
 
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append a chunk to a layer: PackedLayer.update."""
+        while len(self.layers) <= layer_idx and self._config.value is None:
+            self.layers.append(PackedLayer(self, None, self.window))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     # --- what layers share -------------------------------------------------------------------------------------------
+
+    def format_of(self, head_size: int, key_bits: int | None = None, value_bits: int | None = None) -> CacheFormat:
+        """The format of layers of a head size, with bits of their own if given."""
+        if key_bits is None:
+            return CacheFormat.of(self.options, head_size)
+        return CacheFormat(head_size, key_bits, value_bits, self.options.value_codec if value_bits == 2 else SCALAR)
 
     def is_fused_for(self, layer: PackedLayer) -> bool:
         """Whether attention will come for the chunk that a layer is given."""
-        if self._config.value._attn_implementation != FUSED:
+        if self._config.value is None or self._config.value._attn_implementation != FUSED:
             return False
         return layer.device.type == "cpu" or layer.dtype in (torch.float16, torch.bfloat16)
 
@@ -188,7 +208,7 @@ class PowerQuantCache(Cache):
         layer.is_offered = True
 
     def shared(self, rows: Any, key: tuple, make: Callable[[], Any]) -> Any:
-        """make(), or what it was for another layer that had the same rows."""
+        """make(), or what it was for another layer that had the same rows. rows None: none yet."""
         if self._last is None or self._last[0] is not rows or self._last[1] != key:
             self._last = (rows, key, make())
         return self._last[2]

@@ -34,14 +34,19 @@ class PackedLayer(CacheLayerMixin):
     positions, head_size] of the model's dtype, in which a token is exact until it leaves the window and then what its packed
     slot decodes to; so they take more memory than an uncompressed cache, and give the same answers.
 
-    Args: cache: whose layer this is; key_frame [num_kv_heads, 3, head_size] fp32: see reference.in_frame
+    Args: cache: whose layer this is; cache_format: None where the head size is not known before the first chunk; key_frame
+          [num_kv_heads, 3, head_size] fp32: see reference.in_frame
     """
 
     is_croppable = True
     is_sliding = False
 
     def __init__(
-        self, cache: PowerQuantCache, cache_format: CacheFormat, window: Window, key_frame: torch.Tensor | None = None
+        self,
+        cache: PowerQuantCache,
+        cache_format: CacheFormat | None,
+        window: Window,
+        key_frame: torch.Tensor | None = None,
     ) -> None:
         self.cache, self.format, self.window, self.key_frame = cache, cache_format, window, key_frame
         self._forget()
@@ -56,6 +61,7 @@ class PackedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         batch, heads, _, head_size = key_states.shape
+        self.format = self.format or self.cache.format_of(head_size)
         if value_states.shape != key_states.shape or head_size != self.format.head_size:
             raise PowerQuantUnsupportedError(
                 f"a compressed layer takes keys and values of head size {self.format.head_size}, got keys "
@@ -68,7 +74,8 @@ class PackedLayer(CacheLayerMixin):
             )
         if self.key_frame is not None:
             self.key_frame = self.key_frame.to(self.device)
-        self.rows = Rows.none(self.window, batch)
+        # one object for all layers: what the first works out for a step, the others find
+        self.rows = self.cache.shared(None, (self.window, batch), lambda: Rows.none(self.window, batch))
         slot_bytes = self.format.layout.slot_bytes
         self.packed = torch.zeros(batch, 0, heads, SUB_PAGE_TOKENS, slot_bytes, dtype=torch.uint8, device=self.device)
         if self.window.row_blocks:
@@ -136,6 +143,8 @@ class PackedLayer(CacheLayerMixin):
 
         What had left the window before stays packed.
         """
+        if not self.is_initialized:
+            return
         length = self.rows.length
         remove = max(0, length - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
         self.rows = self.cache.shared(self.rows, ("crop", remove), lambda: self.rows.crop(remove))

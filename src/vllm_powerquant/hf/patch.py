@@ -114,7 +114,7 @@ def patch(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
     Raises:  PowerQuantConfigError for an option, or if the model is patched; PowerQuantUnsupportedError if no layer can be
              packed
     """
-    if hasattr(model, _STATE):
+    if is_patched(model):
         raise PowerQuantConfigError("this model is patched; unpatch(model) first")
     support = check_model(model)
     if not support.ok:
@@ -135,11 +135,15 @@ def patch(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
     return model
 
 
+def is_patched(model: PreTrainedModel) -> bool:
+    return hasattr(model, _STATE)
+
+
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     """Undo patch(). Raises: PowerQuantConfigError if the model is not patched."""
-    state = getattr(model, _STATE, None)
-    if state is None:
+    if not is_patched(model):
         raise PowerQuantConfigError("this model is not patched; patch(model) does that")
+    state = getattr(model, _STATE)
     state["hook"].remove()
     vars(model).pop("_prepare_cache_for_generation", None)
     model.set_attn_implementation(state["attn_implementation"])

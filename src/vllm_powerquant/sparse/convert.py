@@ -20,6 +20,7 @@ from ..errors import PowerQuantConfigError, PowerQuantError, PowerQuantUnsupport
 from ..files import whole_file
 from .checkpoint import Checkpoint, Predictors
 from .families import Model, Weight, read_config, weights
+from .header import file_format
 from .vocabulary import Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ def convert(
     output = Path(output).absolute()
     if output.is_dir() or not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise PowerQuantConfigError(f"cannot write {output}: give a file in an existing folder that you may write to")
+    if output.is_file() and output.stat().st_size and file_format(output) is None:
+        raise PowerQuantConfigError(f"{output} is there and is no model file; give another name, or remove it first")
     require_packages()
     folder = Path(checkpoint)
     source = Checkpoint(folder)

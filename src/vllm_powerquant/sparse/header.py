@@ -14,6 +14,8 @@ from ..errors import PowerQuantConfigError
 
 FORMATS = {b"GGUF": "GGUF", b"PWRI": "PWRI"}
 VERSIONS = (2, 3)
+# what a gpuidx file (sparse/split.py) calls its architecture
+PLAN = "generic.gpu_index"
 # architectures that the engine runs
 ARCHITECTURES = ("llama", "bamboo", "falcon", "opt")
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PowerQuantConfigError, PowerQuantError
-from ..files import whole_file
+from ..files import sole_use, whole_file
 from .activations import Inputs, bar_options, feed_forwards, fingerprint, require_relu
 from .checkpoint import read_json
 from .families import Model
 from .profile import WINDOW_TOKENS, make_folder
-from .text import LoadedModel, Say, find_checkpoint, load_causal_lm, token_windows
+from .text import LoadedModel, Say, check_seed, find_checkpoint, load_causal_lm, token_windows
 
 if TYPE_CHECKING:
     import torch
@@ -104,34 +104,41 @@ def train_predictors(
     source = find_checkpoint(name, family)
     require_relu(source.shape, source.name, "train predictors for")
     _check(source.shape, rank, budget, recall, training)
+    check_seed(seed)
     output = make_folder(Path(output))
-    loaded = load_causal_lm(source, device=device, say=say)
-    windows = token_windows(loaded.tokenizer, texts, min(window, source.shape.context_length), tokens)
-    if len(windows) < PARTS:
-        raise PowerQuantConfigError(
-            f"training needs {PARTS} windows of text or more, got {len(windows)} of {windows.shape[1]} tokens; give more "
-            "text or shorten windows"
+    with sole_use(output):
+        loaded = load_causal_lm(source, device=device, say=say)
+        windows = token_windows(loaded.tokenizer, texts, min(window, source.shape.context_length), tokens)
+        if len(windows) < PARTS:
+            raise PowerQuantConfigError(
+                f"training needs {PARTS} windows of text or more, got {len(windows)} of {windows.shape[1]} tokens; give "
+                "more text or shorten windows"
+            )
+        work = _Work(output, source.shape, restart)
+        work.begin(
+            {
+                "model_and_text": fingerprint(loaded, windows),
+                "tokens": windows.numel(),
+                "window": windows.shape[1],
+                "rank": f"chosen by a budget of {budget:g}" if rank is None else rank,
+                "seed": seed,
+                "device": loaded.device.type,
+                **asdict(training),
+            }
         )
-    work = _Work(output, source.shape, restart)
-    work.begin(
-        {
-            "model_and_text": fingerprint(loaded, windows),
-            "tokens": windows.numel(),
-            "window": windows.shape[1],
-            "rank": f"chosen by a budget of {budget:g}" if rank is None else rank,
-            "seed": seed,
-            "device": loaded.device.type,
-            **asdict(training),
-        }
-    )
-    try:
-        _train_layers(work, loaded, windows, rank, budget, training, seed, progress, say)
-        done = _finish(work, loaded, windows, recall, began)
-    except OSError as error:
-        raise PowerQuantError(f"cannot write {output}: {error.strerror or error}; what is finished is kept") from error
-    if not keep_inputs:
-        shutil.rmtree(work.inputs, ignore_errors=True)
-    return done
+        try:
+            _train_layers(work, loaded, windows, rank, budget, training, seed, progress, say)
+            done = _finish(work, loaded, windows, recall, began)
+        except OSError as error:
+            raise PowerQuantError(f"cannot write {output}: {error.strerror or error}; what is finished is kept") from error
+        except KeyboardInterrupt:
+            if say:
+                done = source.shape.num_layers - len(work.unfinished())
+                say(f"stopped with {done} of {source.shape.num_layers} layers finished; the same command goes on")
+            raise
+        if not keep_inputs:
+            shutil.rmtree(work.inputs, ignore_errors=True)
+        return done
 
 
 def _check(shape: Model, rank: int | None, budget: float, recall: float, training: Training) -> None:

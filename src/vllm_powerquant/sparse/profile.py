@@ -82,6 +82,10 @@ def profile(
     counts = torch.zeros(shape.num_layers, shape.intermediate_size, dtype=torch.int64, device=loaded.device)
 
     def see(layer: int, values: torch.Tensor) -> None:
+        if not values.isfinite().all():
+            raise PowerQuantConfigError(
+                f"layer {layer} of {source.name} gives values that are no finite numbers; mend its weights"
+            )
         counts[layer] += (values != 0).sum(0)
 
     with watched([x.down for x in feed_forwards(loaded)], see):

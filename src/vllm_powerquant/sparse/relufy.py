@@ -11,12 +11,15 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
-from .text import Source, choose_device, find_checkpoint, load_tokenizer, token_windows
+from ..files import sole_use
+from .profile import make_folder
+from .text import Source, check_seed, choose_device, find_checkpoint, load_tokenizer, token_windows
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +131,6 @@ def relufy(
 
     chosen = choose_device(device)
     checkpoint, model = Checkpoint(Path(source.name)), source.shape
-    original = fingerprint(checkpoint, model)
     training = training or Training()
     if text:
         _check_training(training, model.context_length)
@@ -136,56 +138,58 @@ def relufy(
         tokenizer = load_tokenizer(source)
         held_out = _held_out(tokenizer, min(training.length, model.context_length), eval_windows)
     weights = load_weights(checkpoint, model, chosen if text or eval_windows else torch.device("cpu"))
+    original = fingerprint(checkpoint, model)
 
-    trainer = None
-    if text:
-        work.mkdir(parents=True, exist_ok=True)
-        windows, described = _windows(source, tokenizer, weights, original, text, training, work, progress)
-        settings = asdict(training) | {"original": original, "text": described, "device": chosen.type}
-        trainer = train(weights, source, windows, training, settings, work, save_every, begin, progress, say)
-        unrounded, changed = trainer.deltas, trainer.deltas.rounded()
-    else:
-        path = Path(deltas)
-        found = load_deltas(path)
-        check_fit(found, path, original, weights)
-        changed = found.deltas.to(weights.embedding.device)
+    with sole_use(make_folder(work)) if text else nullcontext():
+        trainer = None
+        if text:
+            windows, described = _windows(source, tokenizer, weights, original, text, training, work, progress)
+            settings = asdict(training) | {"original": original, "text": described, "device": chosen.type}
+            trainer = train(weights, source, windows, training, settings, work, save_every, begin, progress, say)
+            unrounded, changed = trainer.deltas, trainer.deltas.rounded()
+        else:
+            path = Path(deltas)
+            found = load_deltas(path)
+            check_fit(found, path, original, weights)
+            changed = found.deltas.to(weights.embedding.device)
 
-    scores: dict[str, Score] = {}
-    if eval_windows:
-        dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-        with torch.no_grad():
-            scores["original"] = score(weights.to(dtype), model, held_out, silu)
-            scores["student"] = score(_as_written(changed, weights, dtype), model, held_out, relu)
-            if trainer:
-                scores["unrounded"] = score(_as_written(unrounded, weights, dtype), model, held_out, relu)
+        scores: dict[str, Score] = {}
+        if eval_windows:
+            dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+            with torch.no_grad():
+                scores["original"] = score(weights.to(dtype), model, held_out, silu)
+                scores["student"] = score(_as_written(changed, weights, dtype), model, held_out, relu)
+                if trainer:
+                    scores["unrounded"] = score(_as_written(unrounded, weights, dtype), model, held_out, relu)
 
-    report = Relufied(
-        output=str(output),
-        original=Path(source.name).name,
-        deltas=str(work / "deltas.safetensors" if trainer else deltas),
-        steps=trainer.step if trainer else 0,
-        train_tokens=trainer.step * trainer.tokens_per_step if trainer else 0,
-        seconds=round(time.monotonic() - begin, 1),
-        kl=trainer.last_kl if trainer else None,
-        original_perplexity=_perplexity(scores.get("original")),
-        perplexity=_perplexity(scores.get("student")),
-        unrounded_perplexity=_perplexity(scores.get("unrounded")),
-        active_share=_mean(scores["student"].active) if scores else None,
-        active_by_layer=[round(share, 4) for share in scores["student"].active] if scores else [],
-        original_positive_by_layer=[round(share, 4) for share in scores["original"].active] if scores else [],
-    )
-    if trainer:
-        made = recipe(source, settings, chosen, trainer) | {"result": report.as_dict() | {"output": None, "deltas": None}}
-        save_deltas(work / "deltas.safetensors", changed, original, made)
-    write_checkpoint(checkpoint, changed.to(torch.device("cpu")), output, source.name)
-    (work / "state.pt").unlink(missing_ok=True)
-    return report
+        report = Relufied(
+            output=str(output),
+            original=Path(source.name).name,
+            deltas=str(work / "deltas.safetensors" if trainer else deltas),
+            steps=trainer.step if trainer else 0,
+            train_tokens=trainer.step * trainer.tokens_per_step if trainer else 0,
+            seconds=round(time.monotonic() - begin, 1),
+            kl=trainer.last_kl if trainer else None,
+            original_perplexity=_perplexity(scores.get("original")),
+            perplexity=_perplexity(scores.get("student")),
+            unrounded_perplexity=_perplexity(scores.get("unrounded")),
+            active_share=_mean(scores["student"].active) if scores else None,
+            active_by_layer=[round(share, 4) for share in scores["student"].active] if scores else [],
+            original_positive_by_layer=[round(share, 4) for share in scores["original"].active] if scores else [],
+        )
+        if trainer:
+            result = report.as_dict() | {"output": None, "deltas": None}
+            made = recipe(source, settings, chosen, trainer) | {"result": result}
+            save_deltas(work / "deltas.safetensors", changed, original, made)
+        write_checkpoint(checkpoint, changed.to(torch.device("cpu")), output, source.name)
+        (work / "state.pt").unlink(missing_ok=True)
+        return report
 
 
 def _original(name: str | Path | None) -> Source:
+    if name is not None and not Path(name).is_dir():
+        raise PowerQuantConfigError(f"relufy takes a checkpoint's folder, and {str(name)!r} is none; download it first")
     source = find_checkpoint(name)
-    if not Path(source.name).is_dir():
-        raise PowerQuantConfigError(f"relufy takes a checkpoint's folder, got {source.name!r}; download it first")
     if source.shape.activation == "relu":
         raise PowerQuantUnsupportedError(f"{source.name} is a ReLU model already; go on with `powerquant train-predictor`")
     if source.shape.family != "llama" or source.shape.activation != "silu":
@@ -214,6 +218,7 @@ def _check_training(training: Training, context: int) -> None:
         raise PowerQuantConfigError(f"active_share must be above 0 and at most 1 (no pressure), got {training.active_share}")
     if not 0 <= training.slide < 1:
         raise PowerQuantConfigError(f"slide must be 0 or more and below 1, got {training.slide}")
+    check_seed(training.seed)
     if (training.steps is None) == (training.minutes is None):
         raise PowerQuantConfigError("give either a number of steps (--steps) or a time limit (--minutes)")
     for name in ("steps", "minutes"):
@@ -235,6 +240,10 @@ def _held_out(tokenizer: Any, length: int, count: int) -> torch.Tensor:
     rows = []
     for name, text in read_texts().items():
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        begin, end = (round(len(ids) * part) for part in SPLITS["report"])
+        # the default is for any length, if windows must overlap
+        if count > (most := max(4, (end - begin) // (length - len(prefix)))):
+            raise PowerQuantConfigError(f"eval_windows must be 0 to {most} at {length} tokens each, got {count}")
         if count:
             rows += [[*prefix, *run] for run in cut(ids, SPLITS["report"], length - len(prefix), count, name)]
     tokenizer.model_max_length = limit
@@ -264,6 +273,11 @@ def _windows(
     if text.sampled:
         parts.append(sample(source, tokenizer, weights, original, text.sampled, training, work, progress))
     windows = torch.cat(parts)
+    if len(windows) < training.batch:
+        raise PowerQuantConfigError(
+            f"a step takes {training.batch} windows of {training.length} tokens, the text gives {len(windows)}; give more "
+            f"text (--text, --sampled) or a batch of {len(windows)} or less"
+        )
     described["tokens"] = windows.numel()
     described["sha256"] = hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
     return windows, described

@@ -44,6 +44,7 @@ def sample(
     Args:    original: the checkpoint's fingerprint; tokens: rounded up to whole texts
     Returns: [n, length] int32
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path, length = work / "samples.safetensors", training.length
@@ -63,8 +64,11 @@ def sample(
         while sum(map(len, found)) < wanted:
             found.append(sampler.round(training.seed * 1_000_003 + len(found), bar.update))
             about = {"original": original, "seed": str(training.seed), "wanted": str(wanted), "rows": str(rows)}
-            with whole_file(path) as unfinished:
-                save_file({"tokens": torch.cat(found)}, unfinished, about)
+            try:
+                with whole_file(path) as unfinished:
+                    save_file({"tokens": torch.cat(found)}, unfinished, about)
+            except (OSError, SafetensorError) as error:
+                raise PowerQuantError(f"cannot write {path}: {error}; what was sampled before is kept") from None
     del sampler
     if weights.embedding.device.type == "cuda":
         # the cache's memory is training's now

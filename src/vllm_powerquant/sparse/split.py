@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import PowerQuantConfigError, PowerQuantError, PowerQuantUnsupportedError
 from ..files import whole_file
 from .convert import SPARSE_MAGIC, require_packages
-from .header import Header, Tensor, read_tensors
+from .header import PLAN, Header, Tensor, read_header, read_tensors
 from .profile import read_counts
 
 if TYPE_CHECKING:
     import numpy as np
 
-ARCHITECTURE = "generic.gpu_index"
 GROUP = 256
 _INT32 = 26  # GGML's number
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -77,7 +76,8 @@ def split(model: str | Path, profile: str | Path, budget: int, output: str | Pat
     Args:
         model: the sparse file (PWRI); its tensors' types say what a neuron takes: its rows of gate, up and down
         profile: folder that `powerquant profile` wrote
-        budget: bytes for neurons, 0 or more; what else lies on the GPU (attention, predictors, cache) is not part of it
+        budget: bytes for neurons, of one group or more; what else lies on the GPU (attention, predictors, cache) is no part
+            of it
 
     Raises: PowerQuantUnsupportedError for a file that is not sparse; PowerQuantConfigError for a damaged file, a profile of
         another shape, a bad budget or output; PowerQuantError if it can't be written
@@ -86,15 +86,20 @@ def split(model: str | Path, profile: str | Path, budget: int, output: str | Pat
     import numpy as np
 
     model, output = Path(model), Path(output).absolute()
-    if budget < 0:
-        raise PowerQuantConfigError(f"budget must be 0 bytes or more, got {budget}")
     if output.is_dir() or not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise PowerQuantConfigError(f"cannot write {output}: give a file in an existing folder that you may write to")
+    if output.is_file() and output.stat().st_size and not _is_plan(output):
+        raise PowerQuantConfigError(f"{output} is there and is no gpuidx file; give another name, or remove it first")
     size, neuron_bytes = _neurons(model)
     counts = read_counts(profile, len(neuron_bytes), size).numpy()
     group = GROUP
     while size % group:
         group //= 2
+    if budget < (smallest := group * min(neuron_bytes)):
+        raise PowerQuantConfigError(
+            f"budget must hold a group of {group} neurons, which takes {smallest} bytes in {model}, got {budget}; give "
+            f"{smallest} or more"
+        )
     order = [np.argsort(-row, kind="stable") for row in counts]
     groups = [
         (-int(counts[i][order[i][j : j + group]].sum()) / neuron_bytes[i], i, j)
@@ -124,12 +129,19 @@ def split(model: str | Path, profile: str | Path, budget: int, output: str | Pat
     )
 
 
+def _is_plan(path: Path) -> bool:
+    try:
+        return read_header(path).architecture == PLAN
+    except PowerQuantConfigError:
+        return False
+
+
 def _neurons(path: Path) -> tuple[int, list[int]]:
     """Neurons of a layer, and what one takes in bytes, by layer."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     header, tensors = read_tensors(path)
-    if header.format != "PWRI" or header.architecture == ARCHITECTURE:
+    if header.format != "PWRI" or header.architecture == PLAN:
         raise PowerQuantUnsupportedError(
             f"{path} is no sparse model (PWRI), so its neurons can't be split; make one with "
             "`powerquant convert MODEL --predictor DIR -o FILE`"
@@ -163,7 +175,7 @@ def write_split(path: Path, plan: Split) -> None:
 
     try:
         with whole_file(path) as unfinished:
-            writer = gguf.GGUFWriter(unfinished, ARCHITECTURE)
+            writer = gguf.GGUFWriter(unfinished, PLAN)
             writer.add_block_count(len(plan.hot))
             writer.add_uint64("split.vram_capacity", plan.capacity)
             # by position, so in the layers' numeric order
@@ -188,9 +200,9 @@ def read_split(path: str | Path) -> Split:
 
     path = Path(path)
     header, tensors = read_tensors(path)
-    count = header.entries.get(f"{ARCHITECTURE}.block_count")
+    count = header.entries.get(f"{PLAN}.block_count")
     capacity = header.entries.get("split.vram_capacity")
-    if header.format != "PWRI" or header.architecture != ARCHITECTURE:
+    if header.format != "PWRI" or header.architecture != PLAN:
         raise PowerQuantConfigError(f"{path} is no gpuidx file: it is {header.format}, {header.architecture!r}")
     if not isinstance(count, int) or not isinstance(capacity, int) or len(tensors) != 2 * count:
         raise PowerQuantConfigError(

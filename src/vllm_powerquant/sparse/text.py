@@ -7,6 +7,7 @@ on stays unseen.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,9 @@ def find_checkpoint(name: str | Path | None, family: str | None = None) -> Sourc
     from ..model import prepare_model
 
     name = str(prepare_model() if name is None else name)
+    if not Path(name).is_dir() and (Path(name).is_file() or not _HUB_NAME.fullmatch(name)):
+        # a name on the hub is looked up there, which may take long and says nothing of folders
+        raise PowerQuantConfigError(f"cannot load {name}: there is no such folder; {_REMEDY}")
     try:
         config, _ = PreTrainedConfig.get_config_dict(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -127,6 +131,7 @@ def find_checkpoint(name: str | Path | None, family: str | None = None) -> Sourc
     return Source(name, config, read_config(config, family))
 
 
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?", re.ASCII)
 _REMEDY = "give a checkpoint's folder or name"
 
 
@@ -141,7 +146,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     try:
         return kind.from_pretrained(source.name)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise PowerQuantConfigError(f"cannot load the tokenizer of {source.name}: {first_line(error)}; {_REMEDY}") from None
+        raise PowerQuantConfigError(
+            f"cannot load the tokenizer of {source.name}: {first_line(error).rstrip(':')}; give a checkpoint with a "
+            "tokenizer.json, or another that transformers reads, beside its config.json"
+        ) from None
 
 
 def choose_device(device: str | None = None) -> torch.device:
@@ -178,6 +186,7 @@ def load_causal_lm(
     Raises: as find_checkpoint; PowerQuantConfigError for a device that is not here, or if loading fails
     """
     import torch
+    from safetensors import SafetensorError
 
     source = name if isinstance(name, Source) else find_checkpoint(name, family)
     from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
@@ -186,15 +195,18 @@ def load_causal_lm(
 
     chosen = choose_device(device)
     dtype = dtype or torch.float32
+    from transformers.utils import logging
+
     if say is None:
         # one bar at most on a quiet run: transformers shows one for loading
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
+        logging.disable_progress_bar()
     else:
         say(f"{source.name}: {source.shape.num_layers} layers, {str(dtype).removeprefix('torch.')} on {chosen}")
     tokenizer = load_tokenizer(source)
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    # it warns of tensors that are missing or have another shape in a table; here that is one error
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         if source.bamboo:
             # transformers has no Bamboo; but for the second ReLU it is Mistral, with the same names
@@ -209,12 +221,26 @@ def load_causal_lm(
             raise PowerQuantConfigError(
                 f"cannot load {source.name}: it lacks {len(missing)} tensors, the first is {missing[0]}; {_REMEDY}"
             )
+        if mismatched := sorted(info["mismatched_keys"]):
+            name, got, wanted = mismatched[0]
+            raise PowerQuantConfigError(
+                f"cannot load {source.name}: {name} must have shape {list(wanted)} by config.json, got {list(got)}; "
+                f"{_REMEDY}"
+            )
         model = model.eval().to(chosen)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, PowerQuantError):
             raise
         raise PowerQuantConfigError(f"cannot load {source.name}: {first_line(error)}; {_REMEDY}") from None
+    finally:
+        logging.set_verbosity(verbosity)
     return LoadedModel(source, model, tokenizer, chosen)
+
+
+def check_seed(seed: int) -> None:
+    """Raises: PowerQuantConfigError for one that PyTorch's generators, given a few million times as much, do not take"""
+    if not 0 <= seed < 1 << 32:
+        raise PowerQuantConfigError(f"seed must be 0 to {(1 << 32) - 1}, got {seed}")
 
 
 def _relu_of_output(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
