@@ -16,7 +16,7 @@ from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
 from .cache import FUSED, PowerQuantCache, _config_of, watch_padding
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _STATE = "_powerquant_patch"
 # parts of a multimodal model that have no cache
@@ -68,18 +68,11 @@ def check_model(model: PreTrainedModel) -> ModelSupport:
     Raises: PowerQuantUnsupportedError for an encoder-decoder
     """
     config, _ = _config_of(model)
-    shape = ModelShape.of(config)
-    why_not = None
-    if shape.head_size not in SUPPORTED_HEAD_SIZES:
-        allowed = ", ".join(map(str, SUPPORTED_HEAD_SIZES))
-        why_not = f"head size {shape.head_size} has no rotation, only {allowed} do"
-    elif getattr(config, "kv_lora_rank", None):
-        why_not = "multi-head latent attention caches keys and values of different sizes"
     layers = []
     for i, layer in enumerate(DynamicCache(config=config).layers):
         kind, reason = _kind(layer)
         if reason is None:
-            reason = why_not
+            reason = _why_not_packed(config)
         layers.append(LayerSupport(i, kind, reason is None, reason or ""))
     reason = ""
     if not any(layer.packed for layer in layers):
@@ -90,8 +83,20 @@ def check_model(model: PreTrainedModel) -> ModelSupport:
         reason = "layers share keys and values"
     elif getattr(config, "attn_logit_softcapping", None):
         reason = "attention has a logit soft cap"
+    elif any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in model.named_parameters()):
+        reason = "attention has learned sink logits"
     skipped = tuple(name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in _TOWERS)
     return ModelSupport(type(model).__name__, tuple(layers), not reason, reason, skipped)
+
+
+def _why_not_packed(config: PreTrainedConfig) -> str | None:
+    """Of layers of full attention."""
+    if getattr(config, "kv_lora_rank", None):
+        return "multi-head latent attention caches keys and values of different sizes"
+    head_size = ModelShape.of(config).head_size
+    if head_size not in SUPPORTED_HEAD_SIZES:
+        return f"head size {head_size} has no rotation, only {', '.join(map(str, SUPPORTED_HEAD_SIZES))} do"
+    return None
 
 
 def _kind(layer: CacheLayerMixin | Any) -> tuple[str, str | None]:
