@@ -84,8 +84,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--same-lengths",
         action="store_true",
-        help="take each round's tokens back, so that lengths come again: cuDNN's attention, which SDPA takes on a GPU, plans "
-        "anew for each new one",
+        help="take each round's tokens back, so that lengths come again: cuDNN's attention, which SDPA takes on a GPU, "
+        "plans anew for each new one",
     )
     parser.add_argument("--no-cudnn", action="store_true", help="SDPA without cuDNN's attention: PyTorch's FlashAttention 2")
     parser.add_argument("--paths", nargs="*", choices=PATHS, default=list(PATHS))

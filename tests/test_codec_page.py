@@ -1,19 +1,16 @@
 """docs/codec.md: its code runs and prints what stands there, its table and figures are those of the rows."""
 
-import contextlib
 import importlib.util
-import io
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
+from pages import DOCS, blocks, check_python
 from vllm_powerquant.cli import main
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = (DOCS / "codec.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+BLOCKS = blocks("codec.md")
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +23,7 @@ def figures():
 
 
 def test_python_prints_what_the_page_says():
-    names, printed = {}, ""
-    assert [kind for kind, _ in BLOCKS].count("python") >= 4
-    for kind, text in BLOCKS:
-        if kind == "python":
-            assert printed == "", "a block's output is not on the page"
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(compile(text, "codec.md", "exec"), names)
-            printed = out.getvalue()
-        elif kind == "text":
-            assert printed == text
-            printed = ""
-    assert printed == ""
+    assert check_python("codec.md") >= 4
 
 
 def test_commands_print_what_the_page_says(capsys):

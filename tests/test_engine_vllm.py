@@ -12,8 +12,11 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 PROGRAM = """
 import json
+import os
+import signal
+from pathlib import Path
 from vllm_powerquant import Engine
-from vllm_powerquant.errors import PowerQuantConfigError
+from vllm_powerquant.errors import PowerQuantConfigError, PowerQuantEngineError
 
 def main():
     greedy = {"temperature": 0, "max_tokens": 12}
@@ -44,6 +47,16 @@ def main():
                 engine.generate(prompt, **greedy)
             except PowerQuantConfigError as error:
                 found["refused"].append(str(error))
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        names = {int(pid): Path(f"/proc/{pid}/comm").read_text().strip() for pid in children}
+        (core,) = [pid for pid, name in names.items() if "EngineCor" in name]
+        stream = engine.generate_stream("Hello", max_tokens=400, ignore_eos=True)
+        next(stream)
+        os.kill(core, signal.SIGKILL)
+        try:
+            list(stream)
+        except PowerQuantEngineError as error:
+            found["died"] = str(error)
     print("FOUND " + json.dumps(found))
 
 if __name__ == "__main__":
@@ -64,7 +77,9 @@ def found(tmp_path_factory) -> dict:
 
 def test_answers(found):
     texts = [result["text"] for result in found["batch"]]
-    assert texts == found["alone"] and texts[0].startswith(" Paris")
+    # two prompts computed together round otherwise than one alone, and the second answer has close ties in bf16
+    assert texts[0] == found["alone"][0] and texts[0].startswith(" Paris")
+    assert all(text.startswith(" a canvas of ") for text in (texts[1], found["alone"][1]))
     assert len(found["pieces"]) > 3 and "".join(found["pieces"]) == found["streamed"] == texts[0]
     assert "Paris" in found["chat"]
     assert found["seeds"][0] == found["seeds"][1] != found["seeds"][2]
@@ -86,6 +101,10 @@ def test_an_answer_that_is_left_is_ended(found):
 def test_refusals(found):
     empty, long = found["refused"]
     assert empty.startswith("the prompt is empty") and long.startswith("vLLM refuses the request:")
+
+
+def test_an_engine_that_dies_is_one_clear_error(found):
+    assert found["died"].startswith("vLLM's engine died, its log says why; make another Engine")
 
 
 def test_bad_option_is_refused_before_vllm_starts():

@@ -218,7 +218,7 @@ def plot(report: Report, path: Path) -> None:
         side = {"xytext": (-7, -3), "ha": "right"} if trellis else {"xytext": (7, -3), "ha": "left"}
         axes.annotate(row.configuration, (x, row.kl), textcoords="offset points", **side)
     axes.set_yscale("log")
-    axes.set_xlim(0.85 * min(row.bytes_per_token for row in report.rows), 1.1 * most)
+    axes.set_xlim(0.7 * min(row.bytes_per_token for row in report.rows), 1.1 * most)
     axes.set_xlabel(f"bytes a token held at {report.size.prompt_tokens} tokens, exact ones among them")
     axes.set_ylabel("KL to the uncompressed cache, nats a token")
     uncompressed = f"uncompressed: {report.uncompressed.bytes_per_token:,.0f} bytes a token"

@@ -51,6 +51,15 @@ MODELS = {
     "opt": ("OPTConfig", {**_COMMON, "ffn_dim": 64, "max_position_embeddings": 512, "word_embed_proj_dim": 128}, "PPPP", ""),
     "falcon": ("FalconConfig", {**_COMMON, "alibi": True}, "PPPP", _NOT_REPLACED),
     "gpt-neox": ("GPTNeoXConfig", {**_COMMON, "intermediate_size": 64, "max_position_embeddings": 512}, "PPPP", ""),
+    "mistral": ("MistralConfig", {**_LLAMA_LIKE, "sliding_window": None}, "PPPP", ""),
+    "starcoder2": ("Starcoder2Config", {**_LLAMA_LIKE, "sliding_window": None}, "PPPP", ""),
+    "phi": ("PhiConfig", _LLAMA_LIKE, "PPPP", ""),
+    "gpt-j": (
+        "GPTJConfig",
+        {"vocab_size": VOCABULARY, "n_embd": 128, "n_layer": 4, "n_head": 2, "rotary_dim": 32, "eos_token_id": None},
+        "PPPP", _NOT_REPLACED,
+    ),
+    "cohere": ("CohereConfig", _LLAMA_LIKE, "PPPP", ""),
     "mixtral": ("MixtralConfig", {**_LLAMA_LIKE, **_EXPERTS}, "PPPP", ""),
     "gpt-oss": ("GptOssConfig", {**_LLAMA_LIKE, **_EXPERTS, **_TURNS}, "-P-P", "attention has learned sink logits"),
     "llama4": ("Llama4TextConfig", {**_LLAMA_LIKE, **_EXPERTS, "intermediate_size_mlp": 64, "attention_chunk_size": 16},
@@ -71,7 +80,7 @@ MODELS = {
     ),
 }  # fmt: skip
 REFUSED = {
-    "mistral": ("MistralConfig", {**_LLAMA_LIKE, "sliding_window": 16}, "kept exact, 16 tokens at most"),
+    "mistral-sliding": ("MistralConfig", {**_LLAMA_LIKE, "sliding_window": 16}, "kept exact, 16 tokens at most"),
     "deepseek-v2": ("DeepseekV2Config", {**_LLAMA_LIKE, **_LATENT}, "multi-head latent attention"),
     "mamba": ("MambaConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}, "kept as Transformers"),
     "rwkv": ("RwkvConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}, "has no attention"),

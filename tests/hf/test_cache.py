@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 
 import pytest
 import torch
@@ -84,11 +85,6 @@ def test_the_report_is_the_bytes_of_the_tensors(either, protect):
     for n in (100, 1, 30):
         logits(either, torch.stack(tokens(n, n)), cache)
     report = cache.memory_report()
-    cache._last = None  # a step's own tensors are not the cache's
-    cache.padding_mask = None
-    for layer in cache.layers:
-        if hasattr(layer, "rows"):
-            layer.rows._steps.clear()
     held = tensors(cache)
     assert sum(held.values()) == report.total_bytes
     assert report.tokens == 262
@@ -214,10 +210,14 @@ def test_layers_may_have_other_bits_and_stay_exact(llama):
         ({"layer_bits": {7: (4, 2)}}, "layer_bits must name layers from -4 to 3, got 7"),
         ({"layer_bits": {0: (5, 2)}}, "key_bits must be 2, 3, 4 or 8, got 5"),
         ({"calibration": "nowhere"}, "nowhere"),
+        ({"protected_layers": 1.5}, "protected_layers must be a number of layers or a list of them, got 1.5"),
+        ({"layer_bits": {0: 4}}, "layer_bits must be {layer: (key_bits, value_bits)}, got {0: 4}"),
+        ({"layer_bits": [(4, 2)]}, "layer_bits must be {layer: (key_bits, value_bits)}, got [(4, 2)]"),
+        ({"layer_bits": {3: (4, 2), -1: (8, 8)}}, "layer_bits must name a layer once, of 4 layers, got [3, -1]"),
     ],
 )
 def test_options_that_are_refused(llama, options, says):
-    with pytest.raises(PowerQuantConfigError, match=says.replace("[", r"\[")):
+    with pytest.raises(PowerQuantConfigError, match=re.escape(says)):
         PowerQuantCache(llama, **options)
 
 
@@ -258,6 +258,46 @@ def test_attention_that_never_comes_is_noticed(llama):
         cache.update(key, value, 1)
 
 
+def test_a_gradient_that_is_not_there_is_not_taken_for_zero(either):
+    """DynamicCache has gradients, also of an eval model: keys and values of a chunk are of the same forward."""
+    cache = PowerQuantCache(either)
+    for n in (20, 1, 7):
+        loss = either(tokens(n)[0][None], past_key_values=cache).logits.sum()
+    with pytest.raises(PowerQuantUnsupportedError, match="a packed cache has no gradients"):
+        loss.backward()
+    either.zero_grad()
+    assert not logits(either, tokens(3)[0][None], cache).requires_grad
+
+
+def test_rows_may_be_chosen_under_inference_mode(either):
+    """As beam search does; what it leaves is written to later, with and without inference_mode."""
+    ids = tokens(30)[0][None]
+    want = PowerQuantCache(either)
+    logits(either, torch.cat((ids, ids[:, :2]), 1), want)
+    want = logits(either, ids[:, :1], want)
+    cache = PowerQuantCache(either)
+    with torch.inference_mode():
+        either(ids, past_key_values=cache)
+        cache.reorder_cache(torch.tensor([0]))
+        either(ids[:, :1], past_key_values=cache)
+        cache.batch_select_indices([0])
+    logits(either, ids[:, 1:2], cache)
+    assert (logits(either, ids[:, :1], cache) - want).abs().max() < 5e-3
+
+
+def test_a_mask_is_of_one_call(either):
+    """Of a model's parts, which are called without, and of calls by position."""
+    ids, mask = left_padded(tokens(40, 20))
+    cache = PowerQuantCache(either)
+    logits(either, ids, cache, attention_mask=mask)
+    assert cache.padding_mask is None
+    with torch.no_grad():
+        either(ids[:, :1], torch.cat((mask, torch.ones(2, 1)), 1), None, cache)
+        assert cache.layers[0].rows.lens == (41, 21)
+        either.model(ids[:, :1], past_key_values=cache)
+    assert cache.layers[0].rows.lens == (42, 22)
+
+
 def test_training_with_it_is_refused(llama):
     llama.set_attn_implementation("powerquant")
     llama.train()
@@ -291,3 +331,13 @@ def test_layers_share_what_they_know_of_a_step(llama):
     other = copy.deepcopy(cache)
     cache.reorder_cache(torch.tensor([1, 0]))
     assert len({id(layer.rows) for layer in cache.layers}) == 1 and other.layers[0].rows is not cache.layers[0].rows
+
+
+def test_it_goes_on_outside_of_inference_mode(either):
+    """Transformers' own cache may be filled under inference_mode and used without."""
+    chunks = tokens(300)[0][None].split([200, 1, 99], 1)
+    cache, want = PowerQuantCache(either), PowerQuantCache(either)
+    for i, chunk in enumerate(chunks):
+        with torch.inference_mode() if i != 1 else torch.no_grad():
+            got = either(chunk, past_key_values=cache, use_cache=True).logits
+        assert torch.equal(got, logits(either, chunk, want))

@@ -87,3 +87,32 @@ def test_float32_is_decoded_into_buffers():
     for chunk in tokens(300)[0][None].split([200, 1, 99], 1):
         close(logits(model, chunk, cache), logits(model, chunk, want), 0.02)
     assert cache.memory_report().path == "dequantized"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_steps_are_replayed(batch):
+    """Steps of one token run as CUDA graphs; through growth, crops and chosen rows they give what single launches give."""
+    model = copy.deepcopy(tiny_model("llama")).to("cuda", torch.bfloat16)
+    model.set_attn_implementation("powerquant")
+    cache, want = PowerQuantCache(model, residual_tokens=16), PowerQuantCache(model, residual_tokens=16)
+    prompt = torch.stack(tokens(*[100] * batch))
+    for c in (cache, want):
+        logits(model, prompt, c)
+    for i in range(90):
+        step = torch.stack(tokens(*[1] * batch, seed=i))
+        got = logits(model, step, cache)
+        for layer in want.layers:
+            layer.graph.seen = layer.graph.recorded = None
+        assert torch.equal(got, logits(model, step, want)), i
+        if i == 40:
+            for c in (cache, want):
+                c.crop(-7)
+        if i == 60:
+            for c in (cache, want):
+                c.reorder_cache(torch.arange(batch - 1, -1, -1, device="cuda"))
+    assert cache.layers[0].graph.graph is not None and want.layers[0].graph.graph is None
+    assert cache.memory_report().table_bytes > 0
+    other = copy.deepcopy(cache)
+    step = torch.stack(tokens(*[1] * batch))
+    for _ in range(4):
+        assert torch.equal(logits(model, step, cache), logits(model, step, other))

@@ -1,11 +1,13 @@
 """patch, unpatch and check_model."""
 
+import copy
+
 import pytest
 import torch
 import transformers
 from transformers import DynamicCache
 
-from hf.tiny_models import left_padded, tiny_model, tokens
+from hf.tiny_models import ARCHITECTURES, left_padded, tiny_model, tokens
 from vllm_powerquant import PowerQuantCache, check_model, patch, unpatch
 from vllm_powerquant.errors import PowerQuantConfigError, PowerQuantUnsupportedError
 
@@ -77,6 +79,28 @@ def test_refusals(model):
         greedy(model, tokens(20)[0][None], cache_implementation="static")
 
 
+def test_a_cache_given_by_position_is_used():
+    model = copy.deepcopy(tiny_model("llama"))
+    patch(model)
+    cache, ids = PowerQuantCache(model), tokens(20)[0][None]
+    with torch.no_grad():
+        model(ids, None, None, cache)
+        assert cache.get_seq_length() == 20
+        assert isinstance(model(ids, None, None, None).past_key_values, PowerQuantCache)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_patched_assistant_takes_tokens_back(architecture):
+    """Also of sliding windows and convolutions, which must be told beforehand."""
+    model, assistant = (copy.deepcopy(tiny_model(architecture, seed=seed)) for seed in (0, 1))
+    ids = tokens(60)[0][None]
+    want = greedy(model, ids)
+    patch(model, residual_tokens=1024)
+    patch(assistant, residual_tokens=1024)
+    for helper in (assistant, assistant, model):
+        assert torch.equal(greedy(model, ids, assistant_model=helper).sequences, want.sequences)
+
+
 def test_check_model_says_why():
     support = check_model(tiny_model("gemma3"))
     assert [layer.packed for layer in support.layers] == [False, False, False, True] and support.ok and support.fused
@@ -121,9 +145,15 @@ def test_vision_towers_are_skipped():
     assert support.ok and len(support.layers) == 2 and any("vision_tower" in name for name in support.skipped)
     ids = tokens(40)[0][None]
     want = greedy(model, ids)
+    model.set_attn_implementation({"vision_config": "eager"})
+    before = [x._attn_implementation for x in (model.config, model.config.text_config, model.config.vision_config)]
     patch(model, residual_tokens=1024)
     got = greedy(model, ids)
     assert got.past_key_values.memory_report().path == "fused" and torch.equal(got.sequences, want.sequences)
+    with torch.no_grad():
+        assert isinstance(model(ids).past_key_values, PowerQuantCache)
+    unpatch(model)
+    assert [x._attn_implementation for x in (model.config, model.config.text_config, model.config.vision_config)] == before
 
 
 def test_a_model_without_a_packable_layer_is_refused():

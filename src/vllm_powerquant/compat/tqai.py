@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
 from ..hf import PowerQuantCache
 from ..hf import patch as _patch
-from ..hf.patch import is_patched
 from ..hf import unpatch as _unpatch
+from ..hf.patch import is_patched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,8 +64,8 @@ def patch(
         if name in _ELSEWHERE:
             if value != _ELSEWHERE[name]:
                 raise PowerQuantUnsupportedError(
-                    f"{name} is not of the KV cache, or is worse than doing without, and is not here, got {value!r}; leave it "
-                    "out"
+                    f"{name} is not of the KV cache, or is worse than doing without, and is not here, got {value!r}; "
+                    "leave it out"
                 )
         elif name not in _IDLE:
             known = ", ".join(("bits_k, bits_v, sink_tokens, cache_strategy, residual_window, kv_compression", *_ELSEWHERE))

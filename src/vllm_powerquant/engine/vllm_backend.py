@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
+import weakref
 from collections import deque
 from collections.abc import Generator, Sequence
 from typing import Any
 
 from ..calibration import first_line
-from ..errors import PowerQuantConfigError, PowerQuantError
+from ..errors import PowerQuantConfigError, PowerQuantEngineError, PowerQuantError
 from ..plugin import NAME, register
 from ..sparse.protocols import Prompt
 from .chat import render
@@ -19,11 +21,16 @@ from .sampling import Sampling
 
 try:
     from vllm import LLM, SamplingParams
+    from vllm.exceptions import VLLMError
     from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.exceptions import EngineDeadError
 except ImportError as error:
     raise PowerQuantError(
         f"backend vllm: {error}; run: pip install 'vllm-powerquant[cuda]' (NVIDIA GPU) or 'vllm-powerquant[cpu]'"
     ) from None
+
+# between two looks at whether vLLM's engine process lives
+_WATCH_SECONDS = 0.5
 
 
 class VllmBackend:
@@ -42,13 +49,14 @@ class VllmBackend:
             self.llm = LLM(settings.source.path, dtype=settings.dtype, **options)
         except PowerQuantError:
             raise
-        except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        except (VLLMError, ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
             raise PowerQuantError(f"vLLM did not start: {first_line(error)}") from error
         self._engine = self.llm.llm_engine
         self._numbers = itertools.count()
         # by request: what the engine said of it that was not read yet
         self._outputs: dict[str, deque] = {}
         self._stepping = threading.Lock()
+        _wake_when_dead(self._engine.engine_core)
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[str, None, GenerationResult]:
         clock = Stopwatch()
@@ -116,14 +124,21 @@ class VllmBackend:
         with self._stepping:
             try:
                 self._engine.add_request(number, {"prompt_token_ids": ids}, params)
-            except ValueError as error:
+            except (VLLMError, ValueError) as error:
                 raise PowerQuantConfigError(f"vLLM refuses the request: {first_line(error)}") from None
             self._outputs[number] = deque()
         return number
 
     def _step(self) -> None:
         with self._stepping:
-            for output in self._engine.step():
+            try:
+                outputs = self._engine.step()
+            except EngineDeadError as error:
+                self._outputs.clear()
+                raise PowerQuantEngineError(
+                    f"vLLM's engine died, its log says why; make another Engine ({first_line(error)})"
+                ) from error
+            for output in outputs:
                 if output.request_id in self._outputs:
                     self._outputs[output.request_id].append(output)
 
@@ -156,3 +171,23 @@ class VllmBackend:
             seconds_to_first_token=clock.first or seconds,
             attention="fused" if self.settings.compress else "exact",
         )
+
+
+def _wake_when_dead(core: Any) -> None:
+    """Have a step end with EngineDeadError when vLLM's engine process is gone.
+
+    vLLM 0.32's synchronous client notices that (resources.engine_dead) but leaves whoever waits for an answer waiting.
+    """
+    if not hasattr(core, "outputs_queue") or not hasattr(core, "resources"):
+        return  # the engine runs in this process
+    seen = weakref.ref(core)
+
+    def watch() -> None:
+        while (client := seen()) is not None:
+            if client.resources.engine_dead:
+                client.outputs_queue.put_nowait(EngineDeadError())
+                return
+            del client
+            time.sleep(_WATCH_SECONDS)
+
+    threading.Thread(target=watch, name="vLLM engine watch", daemon=True).start()

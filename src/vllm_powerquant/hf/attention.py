@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import PowerQuantUnsupportedError
 from .cache import FUSED
+from .gradients import refuse_gradients
 
 # what packed attention would have to do otherwise; each is an argument that models pass to their attention
 _UNSUPPORTED = {"softcap": "a logit soft cap", "s_aux": "learned sink logits", "position_bias": "a position bias"}
@@ -72,7 +73,7 @@ def powerquant_attention(
         )
     padding = None if attention_mask is None else attention_mask.powerquant_padding
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return layer.attend(query, key, value, scale, padding), None
+    return refuse_gradients(layer.attend(query, key, value, scale, padding), query, key, value), None
 
 
 @torch.compiler.disable

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,8 @@ from ..attention.cache_format import SCALAR, CacheFormat
 from ..calibration import head_size_of, load_calibration
 from ..config import PowerQuantConfig
 from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
+from .gradients import refuse_gradients
+from .graphs import DecodeGraphs
 from .layer import PackedLayer
 from .sequences import Window
 
@@ -44,6 +48,8 @@ class LayerMemory:
 @dataclass(frozen=True)
 class MemoryReport:
     """What a cache holds, in bytes of its tensors, beside a DynamicCache's for the same positions.
+
+    table_bytes: centres and scales of calibrated keys, and what CUDA graphs of decode steps read and write.
 
     path: "fused": attention reads packed pages; "dequantized": it reads `buffer_bytes` of decoded copies, which are held as
     well; "none": nothing was cached yet. tokens_packed: read as packed codes in the next step; tokens_exact: the others;
@@ -145,6 +151,7 @@ class PowerQuantCache(Cache):
         self.padding_mask: torch.Tensor | None = None
         self._offered: PackedLayer | None = None
         self._last: tuple | None = None
+        self._graphs: dict[torch.device, DecodeGraphs] = {}
         if model is None:
             if protected_layers or layer_bits or calibration is not None:
                 raise PowerQuantConfigError(
@@ -180,7 +187,15 @@ class PowerQuantCache(Cache):
         """Append a chunk to a layer: PackedLayer.update."""
         while len(self.layers) <= layer_idx and self._config.value is None:
             self.layers.append(PackedLayer(self, None, self.window))
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self.layers[layer_idx].is_initialized:
+            self._last = None  # no other layer looks for it, and it holds on to the tensors of a step
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if torch.is_grad_enabled() and isinstance(self.layers[layer_idx], PackedLayer):
+            layer = getattr(keys, "powerquant_layer", None)
+            keys, values = refuse_gradients(keys, key_states), refuse_gradients(values, value_states)
+            if layer is not None:
+                keys.powerquant_layer = layer
+        return keys, values
 
     # --- what layers share -------------------------------------------------------------------------------------------
 
@@ -207,6 +222,10 @@ class PowerQuantCache(Cache):
             )
         layer.is_offered = True
 
+    def graphs_on(self, device: torch.device) -> DecodeGraphs:
+        """What the layers on a GPU share for their CUDA graphs."""
+        return self._graphs.setdefault(device, DecodeGraphs())
+
     def shared(self, rows: Any, key: tuple, make: Callable[[], Any]) -> Any:
         """make(), or what it was for another layer that had the same rows. rows None: none yet."""
         if self._last is None or self._last[0] is not rows or self._last[1] != key:
@@ -230,9 +249,10 @@ class PowerQuantCache(Cache):
             tokens_packed=sum(sum(layer.rows.lens) for layer in packed) - exact,
             tokens_exact=exact,
             layers=layers,
+            table_bytes=sum(layer.table_bytes for layer in layers) + sum(x.nbytes for x in self._graphs.values()),
             **{
                 name: sum(getattr(layer, name) for layer in layers)
-                for name in ("packed_bytes", "exact_bytes", "buffer_bytes", "table_bytes", "uncompressed_bytes")
+                for name in ("packed_bytes", "exact_bytes", "buffer_bytes", "uncompressed_bytes")
             },
         )
 
@@ -270,11 +290,18 @@ def _protected(layers: int | Sequence[int], count: int) -> set[int]:
         if 2 * layers > count:
             raise PowerQuantConfigError(f"protected_layers must be at most half of {count} layers, got {layers}")
         return {*range(layers), *range(count - layers, count)}
+    if not isinstance(layers, Iterable):
+        raise PowerQuantConfigError(f"protected_layers must be a number of layers or a list of them, got {layers!r}")
     return {_index(i, count, "protected_layers") for i in layers}
 
 
 def _layer_bits(bits: dict[int, tuple[int, int]], count: int) -> dict[int, tuple[int, int]]:
-    return {_index(i, count, "layer_bits"): pair for i, pair in bits.items()}
+    if not isinstance(bits, dict) or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in bits.values()):
+        raise PowerQuantConfigError(f"layer_bits must be {{layer: (key_bits, value_bits)}}, got {bits!r}")
+    found = {_index(i, count, "layer_bits"): pair for i, pair in bits.items()}
+    if len(found) < len(bits):
+        raise PowerQuantConfigError(f"layer_bits must name a layer once, of {count} layers, got {list(bits)}")
+    return found
 
 
 def _index(i: Any, count: int, option: str) -> int:
@@ -327,10 +354,31 @@ def watch_padding(model: PreTrainedModel) -> None:
         return
     model._powerquant_sees_padding = True
     model.register_forward_pre_hook(_tell_padding, with_kwargs=True)
+    # the mask is of one call: parts of the model may be called with the same cache, too
+    model.register_forward_hook(_forget_padding, with_kwargs=True, always_call=True)
+
+
+def argument(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], name: str) -> Any:
+    """What a module's forward is called with, by name or by position; None: not given."""
+    if name in kwargs or not args:
+        return kwargs.get(name)
+    names = parameters(type(module))
+    return args[names.index(name)] if name in names[: len(args)] else None
+
+
+@functools.cache
+def parameters(kind: type[torch.nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]  # without self
 
 
 def _tell_padding(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get("past_key_values")
+    cache = argument(module, args, kwargs, "past_key_values")
     if isinstance(cache, PowerQuantCache):
-        mask = kwargs.get("attention_mask")
+        mask = argument(module, args, kwargs, "attention_mask")
         cache.padding_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+
+
+def _forget_padding(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    cache = argument(module, args, kwargs, "past_key_values")
+    if isinstance(cache, PowerQuantCache):
+        cache.padding_mask = None

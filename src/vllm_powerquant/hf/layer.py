@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,9 +15,11 @@ from ..attention.kernels.cpu_kernels import SEGMENT_TOKENS, BatchPlan, CpuKernel
 from ..attention.layout import SUB_PAGE_TOKENS
 from ..attention.rotation import rotation_matrix, unrotate
 from ..errors import PowerQuantUnsupportedError
+from .graphs import LayerGraph
 from .sequences import EXACT_BLOCK, MAX_ROW_QUERIES, Rows, Step, Window
 
 if TYPE_CHECKING:
+    from ..attention.kernels.gpu_kernels import GpuKernels
     from .cache import PowerQuantCache
 
 _BUFFER_GROWTH = 256  # tokens by which the buffers of decoded tokens grow, at least
@@ -57,6 +60,7 @@ class PackedLayer(CacheLayerMixin):
         self.rows = Rows.none(self.window, 0)
         self.packed = self.exact = self._keys = self._values = None
         self._decoded_until: list[int] = []  # of each row: tokens before it lie decoded in the buffers, but for the sinks
+        self.graph = LayerGraph()
         self.is_offered = False  # a chunk was given to fused attention, which has not come for it yet
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -86,6 +90,8 @@ class PackedLayer(CacheLayerMixin):
     # --- what Transformers calls -------------------------------------------------------------------------------------
 
     @torch.compiler.disable
+    @torch.inference_mode(False)  # what is held may be written to outside of it later
+    @torch.no_grad()
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,6 +113,8 @@ class PackedLayer(CacheLayerMixin):
         step = self.rows.step(key_states.shape[2], self.cache.padding_mask)
         if self._keys is None:
             self._rebuild()
+        elif self._keys.is_inference():  # as rows that were chosen under inference_mode are
+            self._keys, self._values = self._keys.clone(), self._values.clone()
         self._leave_window()
         self._reserve(step.after.pages)
         self._write(step, *(_tokens(x, step) for x in (key_states, value_states)))
@@ -156,10 +164,11 @@ class PackedLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(self.rows.batch).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor | Sequence[int]) -> None:
         """Rows of the batch by index, or by a mask [batch] bool."""
         if not self.is_initialized:
             return
+        indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool:
             indices = indices.nonzero().flatten()
         chosen = indices.tolist()
@@ -211,6 +220,8 @@ class PackedLayer(CacheLayerMixin):
 
     # --- fused attention ---------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None
     ) -> torch.Tensor:
@@ -228,6 +239,13 @@ class PackedLayer(CacheLayerMixin):
             )
         step = self.rows.step(n, mask)
         self._reserve(step.after.pages)
+        if self.device.type == "cuda" and n == 1 and step.tokens is None:
+            rows = (x.detach().squeeze(2) for x in (query, key, value))
+            with torch.cuda.device(self.device):
+                out = self.cache.graphs_on(self.device).attend(self, step, *rows, scale)
+            if out is not None:
+                self.rows, self.is_offered = step.after, False
+                return out[:, None]
         on = step.on(self.device)
         rows = [_tokens(x.detach(), step) for x in (query, key, value)]
         out = torch.zeros if step.tokens is not None else torch.empty
@@ -236,7 +254,7 @@ class PackedLayer(CacheLayerMixin):
         part = flat if step.tokens is None else flat.new_empty(rows[0].shape)
         if part.shape[0]:
             kernels, plan = self._kernels(num_heads, step)
-            pages, exact = self._pages(), self._exact_blocks()
+            pages, exact = self.pages(), self.exact_blocks()
             tables = (on["block_table"], scale, self.key_frame, exact, on["exact_table"] if exact else None)
             kernels.attend(*rows, part, pages, plan, *tables)
             self._write(step, *rows[1:])
@@ -254,12 +272,10 @@ class PackedLayer(CacheLayerMixin):
             if plan is None:
                 plan = BatchPlan.of(on["query_start"], on["seq_lens"], max(step.query_lens))
         else:
-            from ..attention.kernels.gpu_kernels import GpuKernels
             from ..attention.kernels.prefill import Workspace
             from ..attention.kernels.step import StepPlan
 
-            shape = (self.format, num_heads, self.num_kv_heads, step.before.batch, self.device, self.dtype)
-            kernels = GpuKernels.of(*shape, MAX_ROW_QUERIES)
+            kernels = self.gpu_kernels(num_heads, step.before.batch)
             if plan is None:
                 workspace = None
                 if max(step.query_lens) > MAX_ROW_QUERIES:
@@ -269,13 +285,19 @@ class PackedLayer(CacheLayerMixin):
         step.plans[self.device] = plan
         return kernels, plan
 
+    def gpu_kernels(self, num_heads: int, batch: int) -> GpuKernels:
+        from ..attention.kernels.gpu_kernels import GpuKernels
+
+        shape = (self.format, num_heads, self.num_kv_heads, batch, self.device, self.dtype)
+        return GpuKernels.of(*shape, MAX_ROW_QUERIES)
+
     # --- storage -----------------------------------------------------------------------------------------------------
 
-    def _pages(self) -> torch.Tensor:
+    def pages(self) -> torch.Tensor:
         """[batch * pages, num_kv_heads, 64, slot_bytes]"""
         return self.packed.flatten(0, 1)
 
-    def _exact_blocks(self) -> ExactBlocks | None:
+    def exact_blocks(self) -> ExactBlocks | None:
         if self.exact is None:
             return None
         return ExactBlocks(self.exact, self.window.residual_tokens, self.window.sink_tokens)
@@ -295,15 +317,15 @@ class PackedLayer(CacheLayerMixin):
             from ..attention.kernels.store import store as gpu_store
 
             store = functools.partial(gpu_store, self.format)
-        exact = self._exact_blocks()
-        store(self._pages(), key, value, on["slots"], self.key_frame, exact, on["exact_slots"] if exact else None)
+        exact = self.exact_blocks()
+        store(self.pages(), key, value, on["slots"], self.key_frame, exact, on["exact_slots"] if exact else None)
 
     # --- without fused attention -------------------------------------------------------------------------------------
 
     def _decode(self, row: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens first .. end of a row as their packed slots have them: [num_kv_heads, n, head_size] of the model's
         dtype."""
-        pages, rows = self._pages(), self.packed.shape[1]
+        pages, rows = self.pages(), self.packed.shape[1]
         if self.device.type == "cpu":
             kernels, table = cpu_kernels(self.format), torch.arange(row * rows, (row + 1) * rows, dtype=torch.int32)
             parts = []

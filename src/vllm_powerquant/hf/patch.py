@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from ..attention.rotation import SUPPORTED_HEAD_SIZES
 from ..calibration import head_size_of
 from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
-from .cache import FUSED, PowerQuantCache, _config_of, layer_config, watch_padding
+from .cache import FUSED, PowerQuantCache, _config_of, argument, layer_config, parameters, watch_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -151,8 +151,7 @@ def patch(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
     make = functools.partial(PowerQuantCache, model, **options)
     make()  # refuses bad options now
     watch_padding(model)
-    config, _ = _config_of(model)
-    state = {"attn_implementation": config._attn_implementation, "options": options}
+    state = {"attn_implementation": _attentions(model.config), "options": options}
     if support.fused:
         model.set_attn_implementation(FUSED)
     state["hook"] = model.register_forward_pre_hook(functools.partial(_give_cache, make), with_kwargs=True)
@@ -161,6 +160,12 @@ def patch(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
         model._prepare_cache_for_generation = functools.partial(_prepare_cache, prepare, make)
     setattr(model, _STATE, state)
     return model
+
+
+def _attentions(config: PreTrainedConfig) -> dict[str, str]:
+    """attn_implementation of a model ("") and of its parts, as set_attn_implementation takes them."""
+    parts = {name: getattr(config, name) for name in config.sub_configs}
+    return {"": config._attn_implementation} | {name: x._attn_implementation for name, x in parts.items() if x is not None}
 
 
 def is_patched(model: PreTrainedModel) -> bool:
@@ -192,13 +197,20 @@ def _prepare_cache(prepare, make, generation_config, model_kwargs, *args, **kwar
             f"{generation_config.cache_implementation!r}; leave it out, or unpatch(model)"
         )
     model_kwargs["past_key_values"] = make()
+    if generation_config.is_assistant:
+        model_kwargs["past_key_values"].activate_past_recording()  # tokens will be taken back
 
 
 def _give_cache(make, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Before forward: a cache where one would be made."""
-    use_cache = kwargs.get("use_cache")
+    use_cache = argument(module, args, kwargs, "use_cache")
     if use_cache is None:
-        use_cache = getattr(module.config, "use_cache", False)
-    if not use_cache or kwargs.get("past_key_values") is not None or (module.training and torch.is_grad_enabled()):
+        use_cache = getattr(_config_of(module)[0], "use_cache", False)
+    given = argument(module, args, kwargs, "past_key_values")
+    if not use_cache or given is not None or (module.training and torch.is_grad_enabled()):
         return None
+    names = parameters(type(module))
+    if "past_key_values" in names[: len(args)]:
+        at = names.index("past_key_values")
+        return (*args[:at], make(), *args[at + 1 :]), kwargs
     return args, {**kwargs, "past_key_values": make()}

@@ -218,7 +218,7 @@ class Step:
         return torch.maximum(have, length - max(window.residual_tokens - 1, 0))
 
     @functools.cached_property
-    def _host(self) -> dict[str, torch.Tensor]:
+    def host(self) -> dict[str, torch.Tensor]:
         """What kernels read, still on the CPU; rows in `order`."""
         before, window, pages = self.before, self.before.window, self.after.pages
         rows = torch.tensor(self.order)
@@ -254,5 +254,5 @@ class Step:
         """slots, exact_slots [tokens] int64 (-1: none); block_table, exact_table [rows, ...], query_start [rows + 1],
         seq_lens [rows] int32; tokens [tokens] int64 where there is padding."""
         if device not in self._devices:
-            self._devices[device] = {name: x.to(device, non_blocking=True) for name, x in self._host.items()}
+            self._devices[device] = {name: x.to(device, non_blocking=True) for name, x in self.host.items()}
         return self._devices[device]

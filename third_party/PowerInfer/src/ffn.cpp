@@ -7,6 +7,7 @@ namespace powerinfer {
 
 namespace {
 
+constexpr int kTileTokens = 8;     // tokens that the kernels of packed matrices take together
 constexpr int kDenseNeurons = 32;  // neurons of one piece of work over prompt tokens
 constexpr int kPanelRows = 128;    // neurons whose down rows are expanded at a time
 constexpr int kListChunk = 32;     // active neurons of one piece of work for one token
@@ -34,10 +35,17 @@ void activate(const Kernels& kernels, Activation activation, float* x, int n) {
 }  // namespace
 
 void DenseFfn::run(const FfnInput& input, FfnBuffers& buffers) {
+  const Operand operand =
+      compute.prepare(input.normed, a.width, input.tokens, up.quantized() || gate.quantized(), buffers.activations);
+  const int slab = even_slab(input.tokens, buffers.dense_tokens, kTileTokens);
+  for (int first = 0; first < input.tokens; first += slab) {
+    run_slab(input.slab(first, std::min(slab, input.tokens - first), a.width), operand.from(first), buffers);
+  }
+}
+
+void DenseFfn::run_slab(const FfnInput& input, const Operand& operand, FfnBuffers& buffers) {
   const int n = input.tokens;
   const auto ffn = static_cast<size_t>(a.ffn);
-  const Operand operand =
-      compute.prepare(input.normed, a.width, n, up.quantized() || gate.quantized(), buffers.activations.data());
   float* g = buffers.gate.data();
   float* u = buffers.up.data();
   if (a.gated) {
@@ -57,8 +65,8 @@ void DenseFfn::run(const FfnInput& input, FfnBuffers& buffers) {
       compute.kernels.relu_mul(gt, ut, a.ffn, a.relu_up, ut);
     }
   });
-  const Operand hidden = compute.prepare(u, a.ffn, n, down.quantized(), buffers.more_activations.data());
-  float* out = buffers.out.data();
+  const Operand hidden = compute.prepare(u, a.ffn, n, down.quantized(), buffers.hidden_activations());
+  float* out = buffers.out;
   compute.multiply({{&down, out, static_cast<size_t>(a.width)}}, hidden, n, [&](size_t, int first, int count) {
     for (int t = 0; t < n; ++t) {
       float* y = out + static_cast<size_t>(t) * a.width + first;
@@ -78,58 +86,64 @@ void SparseFfn::count_bytes(ModelInfo& info) const {
 
 void SparseFfn::run(const FfnInput& input, FfnBuffers& buffers) {
   const bool quantized = bundles.layout.type == TensorType::kQ4_0;
-  const Operand operand = compute.prepare(input.normed, a.width, input.tokens, quantized, buffers.activations.data());
+  const Operand operand = compute.prepare(input.normed, a.width, input.tokens, quantized, buffers.activations);
   if (input.prompt_tokens) run_dense(input, operand, input.prompt_tokens, buffers);
-  if (input.prompt_tokens < input.tokens) {
-    run_sparse(input, operand, input.prompt_tokens, input.tokens - input.prompt_tokens, buffers);
+  for (int first = input.prompt_tokens; first < input.tokens; first += buffers.sparse_tokens) {
+    const int count = std::min(buffers.sparse_tokens, input.tokens - first);
+    run_sparse(input.slab(first, count, a.width), operand.from(first), buffers);
   }
 }
 
-// Every neuron, many tokens: products row by row, then the down rows as one more product.
+// Every neuron, many tokens: slabs of neurons, their products row by row, then their down rows as one more product. A
+// token's sums run through the slabs in order.
 void SparseFfn::run_dense(const FfnInput& input, const Operand& operand, int n, FfnBuffers& buffers) {
   const BundleLayout& layout = bundles.layout;
   const Kernels& kernels = compute.kernels;
-  const auto ffn = static_cast<size_t>(a.ffn);
+  const int slab = buffers.slab_neurons(n);
+  const auto stride = static_cast<size_t>(slab);
   float* g = buffers.gate.data();
   float* h = buffers.up.data();
   const auto product = [&](size_t part, size_t scales, int first, int count, float* y) {
     const uint8_t* data = bundles.neuron(first) + part;
     if (layout.type == TensorType::kQ4_0) {
-      kernels.lanes_q4_0(data, layout.bytes, scales, count, operand.layout, operand.activations, n, y + first, ffn);
+      kernels.lanes_q4_0(data, layout.bytes, scales, count, operand.layout, operand.activations, n, y, stride);
     } else {
       const auto rows = layout.type == TensorType::kF16 ? kernels.rows_f16 : kernels.rows_f32;
-      rows(data, layout.bytes, count, a.width, operand.x, a.width, n, y + first, ffn);
+      rows(data, layout.bytes, count, a.width, operand.x, a.width, n, y, stride);
     }
   };
-  compute.pool.run((a.ffn + kDenseNeurons - 1) / kDenseNeurons, [&](int chunk, int) {
-    const int first = chunk * kDenseNeurons, count = std::min(kDenseNeurons, a.ffn - first);
-    product(layout.up, layout.up_scales, first, count, h);
-    if (a.gated) product(layout.gate, layout.gate_scales, first, count, g);
-    for (int t = 0; t < n; ++t) {
-      float* ht = h + t * ffn + first;
-      if (a.gated) {
-        kernels.relu_mul(g + t * ffn + first, ht, count, a.relu_up, ht);
-      } else {
-        if (up_bias) add_bias(ht, up_bias + first, count);
-        kernels.relu(ht, count);
-      }
-    }
-  });
   const auto panel_of = layout.type == TensorType::kQ4_0  ? kernels.panel_q4_0
                         : layout.type == TensorType::kF16 ? kernels.panel_f16
                                                           : kernels.panel_f32;
-  float* out = buffers.out.data();
+  float* out = buffers.out;
   std::fill_n(out, static_cast<size_t>(n) * a.width, 0.0f);
-  compute.pool.run((a.width + kPanelColumns - 1) / kPanelColumns, [&](int chunk, int) {
-    alignas(64) float panel[kPanelRows * kPanelColumns];
-    const int column = chunk * kPanelColumns, columns = std::min(kPanelColumns, a.width - column);
-    for (int first = 0; first < a.ffn; first += kPanelRows) {
-      const int rows = std::min(kPanelRows, a.ffn - first);
-      panel_of(bundles.neuron(first) + layout.down, layout.bytes, layout.down_scales, rows, column, columns, panel);
-      kernels.columns(panel, rows, columns, h + first, ffn, n, out + column, a.width);
-    }
-    finish(out, a.width, column, columns, n, input.residual);
-  });
+  for (int begin = 0; begin < a.ffn; begin += slab) {
+    const int end = std::min(begin + slab, a.ffn);
+    compute.pool.run((end - begin + kDenseNeurons - 1) / kDenseNeurons, [&](int chunk, int) {
+      const int at = chunk * kDenseNeurons, first = begin + at, count = std::min(kDenseNeurons, end - first);
+      product(layout.up, layout.up_scales, first, count, h + at);
+      if (a.gated) product(layout.gate, layout.gate_scales, first, count, g + at);
+      for (int t = 0; t < n; ++t) {
+        float* ht = h + t * stride + at;
+        if (a.gated) {
+          kernels.relu_mul(g + t * stride + at, ht, count, a.relu_up, ht);
+        } else {
+          if (up_bias) add_bias(ht, up_bias + first, count);
+          kernels.relu(ht, count);
+        }
+      }
+    });
+    compute.pool.run((a.width + kPanelColumns - 1) / kPanelColumns, [&](int chunk, int) {
+      alignas(64) float panel[kPanelRows * kPanelColumns];
+      const int column = chunk * kPanelColumns, columns = std::min(kPanelColumns, a.width - column);
+      for (int first = begin; first < end; first += kPanelRows) {
+        const int rows = std::min(kPanelRows, end - first);
+        panel_of(bundles.neuron(first) + layout.down, layout.bytes, layout.down_scales, rows, column, columns, panel);
+        kernels.columns(panel, rows, columns, h + (first - begin), stride, n, out + column, a.width);
+      }
+      if (end == a.ffn) finish(out, a.width, column, columns, n, input.residual);
+    });
+  }
 }
 
 void SparseFfn::finish(const float* out, size_t stride, int first_column, int columns, int n, float* residual) const {
@@ -141,17 +155,12 @@ void SparseFfn::finish(const float* out, size_t stride, int first_column, int co
 }
 
 // Which neurons are active for each token.
-void SparseFfn::predict(const FfnInput& input, int first, int n, FfnBuffers& buffers) {
+void SparseFfn::predict(const FfnInput& input, FfnBuffers& buffers) {
+  const int n = input.tokens;
   std::vector<TokenNeurons>& tokens = buffers.tokens;
   if (tokens.size() < static_cast<size_t>(n)) tokens.resize(n);
-  // room for all neurons: nothing is allocated on the pool's threads
-  for (int t = 0; t < n; ++t) {
-    tokens[t].ids.reserve(static_cast<size_t>(a.ffn) + 16);
-    tokens[t].h.reserve(a.ffn);
-    tokens[t].rows.reserve(a.ffn);
-    tokens[t].weights.reserve(a.ffn);
-    tokens[t].group_begin.reserve(a.ffn / kCoefficientNeurons + 2);
-  }
+  // nothing is allocated on the pool's threads
+  for (int t = 0; t < n; ++t) tokens[t].reserve(a.ffn);
   const auto rank = static_cast<size_t>(fc1.rows), ffn = static_cast<size_t>(a.ffn);
   if (input.all_neurons) {
     for (int t = 0; t < n; ++t) {
@@ -163,12 +172,11 @@ void SparseFfn::predict(const FfnInput& input, int first, int n, FfnBuffers& buf
   }
   float* hidden = buffers.predictor.data();
   float* scores = buffers.gate.data();
-  const Operand x = compute.prepare(input.predictor + static_cast<size_t>(first) * a.width, a.width, n, fc1.quantized(),
-                                    buffers.more_activations.data());
+  const Operand x = compute.prepare(input.predictor, a.width, n, fc1.quantized(), buffers.predictor_activations.data());
   compute.multiply({{&fc1, hidden, rank}}, x, n, [&](size_t, int row, int rows) {
     for (int t = 0; t < n; ++t) compute.kernels.relu(hidden + t * rank + row, rows);
   });
-  const Operand y = compute.prepare(hidden, fc1.rows, n, fc2.quantized(), buffers.more_activations.data());
+  const Operand y = compute.prepare(hidden, fc1.rows, n, fc2.quantized(), buffers.predictor_activations.data());
   compute.multiply({{&fc2, scores, ffn}}, y, n);
   compute.each_token(n, [&](int t) {
     TokenNeurons& token = tokens[t];
@@ -206,17 +214,18 @@ void SparseFfn::neurons(const Operand& operand, int token, const int32_t* ids, i
   kernels.relu(h, count);
 }
 
-void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, int first, int n, FfnBuffers& buffers) {
+void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, FfnBuffers& buffers) {
+  const int n = input.tokens;
   std::vector<TokenNeurons>& tokens = buffers.tokens;
   const BundleLayout& layout = bundles.layout;
   const Kernels& kernels = compute.kernels;
-  predict(input, first, n, buffers);
+  predict(input, buffers);
   if (n == 1) {
     TokenNeurons& token = tokens[0];
     const auto count = static_cast<int>(token.ids.size());
     compute.pool.run((count + kListChunk - 1) / kListChunk, [&](int chunk, int) {
       const int from = chunk * kListChunk;
-      neurons(operand, first, token.ids.data() + from, std::min(kListChunk, count - from), true, token.h.data() + from);
+      neurons(operand, 0, token.ids.data() + from, std::min(kListChunk, count - from), true, token.h.data() + from);
     });
   } else {
     // by ranges of neurons: what one token has read, the next finds in the cache
@@ -232,8 +241,7 @@ void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, int fi
         const std::pair<int, int> next = t + 1 < n ? range(t + 1) : std::pair<int, int>();
         for (int i = next.first; i < next.second; ++i) ask_for(bundles.neuron(tokens[t + 1].ids[i]), layout.down);
         TokenNeurons& token = tokens[t];
-        neurons(operand, first + t, token.ids.data() + here.first, here.second - here.first, false,
-                token.h.data() + here.first);
+        neurons(operand, t, token.ids.data() + here.first, here.second - here.first, false, token.h.data() + here.first);
         here = next;
       }
     });
@@ -263,7 +271,7 @@ void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, int fi
   const int unit = quantized ? 128 : 64;
   const int wanted = std::clamp(padded / compute.pool.size(), unit, 512);
   const int columns = static_cast<int>(round_up(wanted, unit));
-  float* out = buffers.out.data();
+  float* out = buffers.out;
   std::fill_n(out, static_cast<size_t>(n) * padded, 0.0f);
   compute.pool.run((padded + columns - 1) / columns, [&](int chunk, int) {
     const int column = chunk * columns, here = std::min(columns, padded - column);
@@ -300,7 +308,7 @@ void SparseFfn::run_sparse(const FfnInput& input, const Operand& operand, int fi
         }
       }
     }
-    finish(out, padded, column, std::min(here, a.width - column), n, input.residual + static_cast<size_t>(first) * a.width);
+    finish(out, padded, column, std::min(here, a.width - column), n, input.residual);
   });
 }
 

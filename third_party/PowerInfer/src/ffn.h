@@ -7,28 +7,11 @@
 #include <vector>
 
 #include "architecture.h"
+#include "buffers.h"
 #include "bundle.h"
 #include "compute.h"
 
 namespace powerinfer {
-
-// One token of a sparse pass.
-struct TokenNeurons {
-  std::vector<int32_t> ids;          // active, ascending
-  std::vector<float> h;              // of each
-  std::vector<const uint8_t*> rows;  // down rows where h is not zero, ascending
-  std::vector<float> weights;        // their h
-  std::vector<int> group_begin;      // first of them in each group of neurons
-};
-
-struct FfnBuffers {
-  std::vector<float> gate, up;       // [batch][ffn]
-  std::vector<float> predictor;      // [batch][rank]
-  std::vector<float> out;            // [batch][padded width]
-  std::vector<uint8_t> activations;  // of the FFN's input
-  std::vector<uint8_t> more_activations;
-  std::vector<TokenNeurons> tokens;  // of the sparse ones
-};
 
 struct FfnInput {
   const float* normed;     // [n][width], what the weights multiply
@@ -37,6 +20,11 @@ struct FfnInput {
   int tokens;
   int prompt_tokens;  // the first of them: many, for which every neuron is computed
   bool all_neurons;   // also for the others: no prediction
+
+  // Tokens [first, first + count) alone, none of them a prompt's.
+  FfnInput slab(int first, int count, size_t width) const {
+    return {normed + first * width, predictor + first * width, residual + first * width, count, 0, all_neurons};
+  }
 };
 
 class Ffn {
@@ -59,6 +47,9 @@ struct DenseFfn : Ffn {
   Matrix gate, up, down;
   const float* up_bias = nullptr;    // [ffn] or null
   const float* down_bias = nullptr;  // [width] or null
+
+ private:
+  void run_slab(const FfnInput& input, const Operand& operand, FfnBuffers& buffers);
 };
 
 struct SparseFfn : Ffn {
@@ -75,8 +66,8 @@ struct SparseFfn : Ffn {
 
  private:
   void run_dense(const FfnInput& input, const Operand& operand, int n, FfnBuffers& buffers);
-  void run_sparse(const FfnInput& input, const Operand& operand, int first, int n, FfnBuffers& buffers);
-  void predict(const FfnInput& input, int first, int n, FfnBuffers& buffers);
+  void run_sparse(const FfnInput& input, const Operand& operand, FfnBuffers& buffers);
+  void predict(const FfnInput& input, FfnBuffers& buffers);
   void neurons(const Operand& operand, int token, const int32_t* ids, int count, bool ask_down, float* h) const;
   void finish(const float* out, size_t stride, int first_column, int columns, int n, float* residual) const;
 };

@@ -10,8 +10,8 @@ namespace powerinfer {
 
 namespace {
 
-constexpr int kTokenBlock = 16;  // queries of one key-value head that read it together
-constexpr int kPanelRows = 128;
+constexpr int kTokenBlock = 16;   // queries of one key-value head that read it together
+constexpr int kPanelRows = 128;   // values of so many tokens are read together
 constexpr int kPanelQueries = 4;  // fewer read the values as they are
 
 // [layer][slot][keys, values][kv head][context][head size] fp16; pages come as tokens do.
@@ -28,27 +28,27 @@ class F16Cache : public KvCache {
               float* out) override {
     for (const KvTokens& span : tokens) store(layer, span, keys, values);
     const int group = shape_.heads / shape_.kv_heads;
-    const int block = std::max(1, kTokenBlock / group);
     items_.clear();
+    size_t most = 0, scores = 0;
     for (size_t s = 0; s < tokens.size(); ++s) {
-      for (int t = 0; t < tokens[s].count; t += block) {
-        for (int head = 0; head < shape_.kv_heads; ++head) {
-          items_.push_back({static_cast<int>(s), t, std::min(block, tokens[s].count - t), head});
+      const int length = tokens[s].position + tokens[s].count;
+      const QueryBlock block = QueryBlock::of(shape_, compute_.pool.size(), length);
+      for (int t = 0; t < tokens[s].count; t += block.tokens) {
+        const int count = std::min(block.tokens, tokens[s].count - t);
+        for (int head = 0; head < shape_.heads; head += std::min(block.heads, group - head % group)) {
+          items_.push_back({static_cast<int>(s), t, count, head, std::min(block.heads, group - head % group)});
         }
       }
+      const size_t rows = static_cast<size_t>(std::min(block.tokens, tokens[s].count)) * block.heads;
+      most = std::max(most, rows);
+      scores = std::max(scores, rows * round_up(length, 16));
     }
     // nothing is allocated on the pool's threads
-    size_t longest = 0, most = 0;
-    for (const KvTokens& span : tokens) {
-      longest = std::max<size_t>(longest, span.position + span.count);
-      most = std::max<size_t>(most, std::min(block, span.count) * group);
-    }
     for (Scratch& scratch : scratch_) {
       scratch.queries.reserve(most * shape_.head_size);
       scratch.out.reserve(most * shape_.head_size);
-      scratch.scores.reserve(most * round_up(longest, 16));
+      scratch.scores.reserve(scores);
       scratch.panel.reserve(static_cast<size_t>(kPanelRows) * kPanelColumns);
-      if (most < kPanelQueries || tokens.size() > 1) scratch.rows.reserve(longest);
     }
     compute_.pool.run(static_cast<int>(items_.size()), [&](int i, int thread) {
       const Item& item = items_[i];
@@ -75,11 +75,11 @@ class F16Cache : public KvCache {
 
  private:
   struct Item {
-    int step, first, count, head;
+    int step, first, count;  // tokens of a span
+    int head, heads;         // query heads of one key-value head
   };
   struct Scratch {
     std::vector<float> queries, scores, panel, out;
-    std::vector<const uint8_t*> rows;
   };
 
   void store(int layer, const KvTokens& tokens, const float* keys, const float* values) {
@@ -102,7 +102,8 @@ class F16Cache : public KvCache {
   void attend_block(int layer, const KvTokens& tokens, const Item& item, const float* queries, float* out,
                     Scratch& scratch) {
     const Kernels& kernels = compute_.kernels;
-    const int size = shape_.head_size, group = shape_.heads / shape_.kv_heads, rows_count = item.count * group;
+    const int size = shape_.head_size, rows_count = item.count * item.heads;
+    const int kv_head = item.head / (shape_.heads / shape_.kv_heads);
     const size_t stride = static_cast<size_t>(shape_.heads) * size;
     const int length = tokens.position + item.first + item.count;  // tokens that the last query sees
     const size_t score_stride = round_up(length, 16);
@@ -112,29 +113,32 @@ class F16Cache : public KvCache {
     scratch.scores.resize(rows_count * score_stride);
     scratch.panel.resize(static_cast<size_t>(kPanelRows) * kPanelColumns);
     const auto offset = [&](int row) {
-      const int token = tokens.first + item.first + row / group;
-      return token * stride + static_cast<size_t>(item.head * group + row % group) * size;
+      const int token = tokens.first + item.first + row / item.heads;
+      return token * stride + static_cast<size_t>(item.head + row % item.heads) * size;
     };
     for (int row = 0; row < rows_count; ++row) {
       for (int c = 0; c < size; ++c) scratch.queries[static_cast<size_t>(row) * size + c] = queries[offset(row) + c] * scale;
     }
     const auto row_bytes = static_cast<size_t>(size) * 2;
-    kernels.rows_f16(reinterpret_cast<const uint8_t*>(rows(layer, tokens.slot, 0, item.head)), row_bytes, length, size,
+    kernels.rows_f16(reinterpret_cast<const uint8_t*>(rows(layer, tokens.slot, 0, kv_head)), row_bytes, length, size,
                      scratch.queries.data(), size, rows_count, scratch.scores.data(), score_stride);
     for (int row = 0; row < rows_count; ++row) {
       float* scores = scratch.scores.data() + row * score_stride;
-      const int seen = tokens.position + item.first + row / group + 1;
+      const int seen = tokens.position + item.first + row / item.heads + 1;
       kernels.softmax(scores, seen);
       std::fill(scores + seen, scores + length, 0.0f);
     }
-    const auto* values = reinterpret_cast<const uint8_t*>(rows(layer, tokens.slot, 1, item.head));
+    const auto* values = reinterpret_cast<const uint8_t*>(rows(layer, tokens.slot, 1, kv_head));
     if (rows_count < kPanelQueries) {
       // expanding values to fp32 pays for many queries only; the order of sums is the same
-      scratch.rows.resize(length);
-      for (int position = 0; position < length; ++position) scratch.rows[position] = values + position * row_bytes;
-      for (int row = 0; row < rows_count; ++row) {
-        kernels.accumulate_f16(scratch.rows.data(), 0, scratch.scores.data() + row * score_stride, length, size,
-                               scratch.out.data() + static_cast<size_t>(row) * size);
+      const uint8_t* some[kPanelRows];
+      for (int position = 0; position < length; position += kPanelRows) {
+        const int here = std::min(kPanelRows, length - position);
+        for (int i = 0; i < here; ++i) some[i] = values + (position + i) * row_bytes;
+        for (int row = 0; row < rows_count; ++row) {
+          kernels.accumulate_f16(some, 0, scratch.scores.data() + row * score_stride + position, here, size,
+                                 scratch.out.data() + static_cast<size_t>(row) * size);
+        }
       }
     } else {
       for (int position = 0; position < length; position += kPanelRows) {
@@ -249,6 +253,13 @@ class PackedCache : public KvCache {
 };
 
 }  // namespace
+
+QueryBlock QueryBlock::of(const KvShape& shape, int threads, int length) {
+  const int group = shape.heads / shape.kv_heads;
+  const size_t fit = std::max<size_t>(1, kScoreBytes / (sizeof(float) * threads * round_up(length, 16)));
+  const int rows = static_cast<int>(std::min<size_t>(fit, std::max(kTokenBlock, group)));
+  return {std::max(1, rows / group), std::min(rows, group)};
+}
 
 std::unique_ptr<KvCache> make_packed_cache(const KvShape& shape, const Compute& compute) {
   return std::make_unique<PackedCache>(shape, compute);

@@ -9,6 +9,7 @@
 #include <set>
 
 #include "architecture.h"
+#include "buffers.h"
 #include "compute.h"
 #include "errors.h"
 #include "ffn.h"
@@ -214,6 +215,7 @@ class TransformerModel : public Model {
   void embed(int n);
   void rotations(int n);
   void rotate(float* x, int heads, size_t stride, int token) const;
+  void normalize(const Norm& norm, const float* x, float* y) const;
   void normalize(const Norm& norm, const float* x, int n, float* y) const;
   void attention(const Layer& layer, int index, int n);
   void logits(int n);
@@ -243,9 +245,7 @@ class TransformerModel : public Model {
   std::vector<KvTokens> spans_;
   int dense_tokens_ = 0;
 
-  std::vector<float> x_, layer_input_, normed_, ffn_normed_, q_, k_, v_, qkv_, attended_, projected_, cos_, sin_, logits_;
-  std::vector<uint8_t> activations_;
-  FfnBuffers ffn_buffers_;
+  PassBuffers buffers_;
 };
 
 void TransformerModel::load_weights(Loader& load) {
@@ -334,29 +334,23 @@ void TransformerModel::fill_info(const GgufFile& file) {
 }
 
 void TransformerModel::make_buffers() {
-  const auto n = static_cast<size_t>(options_.batch);
-  const size_t width = a_.width, q_size = static_cast<size_t>(a_.heads) * a_.head_size;
-  const size_t kv_size = static_cast<size_t>(a_.kv_heads) * a_.head_size;
-  for (auto* buffer : {&x_, &normed_, &projected_}) buffer->resize(n * width);
-  if (a_.parallel) layer_input_.resize(n * width), ffn_normed_.resize(n * width);
-  for (auto* buffer : {&q_, &attended_}) buffer->resize(n * q_size);
-  for (auto* buffer : {&k_, &v_}) buffer->resize(n * kv_size);
-  if (a_.fused_qkv) qkv_.resize(n * (q_size + 2 * kv_size));
-  for (auto* buffer : {&cos_, &sin_}) buffer->resize(n * frequencies_.size());
-  activations_.resize(n * std::max(ActivationLayout(a_.width).bytes, ActivationLayout(static_cast<int>(q_size)).bytes));
   int rank = 0;
   for (const Layer& layer : layers_) {
     if (const auto* sparse = dynamic_cast<const SparseFfn*>(layer.ffn.get())) rank = std::max(rank, sparse->fc1.rows);
   }
-  FfnBuffers& ffn = ffn_buffers_;
-  // 16 more: stores of whole vectors
-  ffn.gate.resize(n * a_.ffn + 16);
-  ffn.up.resize(n * a_.ffn + 16);
-  ffn.predictor.resize(n * rank + 16);
-  ffn.out.resize(n * round_up(width, 128));
-  ffn.activations.resize(n * ActivationLayout(a_.width).bytes);
-  const int widest = std::max({a_.width, a_.ffn, rank});
-  ffn.more_activations.resize(n * ActivationLayout(widest).bytes);
+  buffers_ = PassBuffers({.width = a_.width,
+                          .ffn = a_.ffn,
+                          .heads = a_.heads,
+                          .kv_heads = a_.kv_heads,
+                          .head_size = a_.head_size,
+                          .vocabulary = a_.vocabulary,
+                          .rope_size = 2 * static_cast<int>(frequencies_.size()),
+                          .rank = rank,
+                          .batch = options_.batch,
+                          .slots = options_.slots,
+                          .parallel = a_.parallel,
+                          .fused_qkv = a_.fused_qkv,
+                          .hidden_bytes = options_.hidden_bytes});
 }
 
 void TransformerModel::gather(const std::vector<Step>& steps) {
@@ -401,10 +395,10 @@ void TransformerModel::gather(const std::vector<Step>& steps) {
 
 void TransformerModel::embed(int n) {
   compute_.each_token(n, [&](int t) {
-    float* x = x_.data() + static_cast<size_t>(t) * a_.width;
+    float* x = buffers_.x.data() + static_cast<size_t>(t) * a_.width;
     dequantize_row(embedding_, entries_[t].token, x);
     if (a_.learned_positions) {
-      float* position = normed_.data() + static_cast<size_t>(t) * a_.width;
+      float* position = buffers_.normed.data() + static_cast<size_t>(t) * a_.width;
       dequantize_row(positions_, entries_[t].position + kLearnedPositionsOffset, position);
       kernels_.add(x, position, a_.width);
     }
@@ -416,16 +410,16 @@ void TransformerModel::rotations(int n) {
   compute_.each_token(n, [&](int t) {
     for (size_t i = 0; i < half; ++i) {
       const float angle = static_cast<float>(entries_[t].position) * frequencies_[i];
-      cos_[t * half + i] = std::cos(angle);
-      sin_[t * half + i] = std::sin(angle);
+      buffers_.cosine[t * half + i] = std::cos(angle);
+      buffers_.sine[t * half + i] = std::sin(angle);
     }
   });
 }
 
 void TransformerModel::rotate(float* x, int heads, size_t stride, int t) const {
   const size_t half = frequencies_.size();
-  const float* cosine = cos_.data() + t * half;
-  const float* sine = sin_.data() + t * half;
+  const float* cosine = buffers_.cosine.data() + t * half;
+  const float* sine = buffers_.sine.data() + t * half;
   for (int head = 0; head < heads; ++head) {
     float* at = x + t * stride + static_cast<size_t>(head) * a_.head_size;
     for (size_t i = 0; i < half; ++i) {
@@ -438,16 +432,17 @@ void TransformerModel::rotate(float* x, int heads, size_t stride, int t) const {
   }
 }
 
+void TransformerModel::normalize(const Norm& norm, const float* x, float* y) const {
+  if (a_.layer_norm) {
+    kernels_.layer_norm(x, norm.weight, norm.bias, a_.width, a_.epsilon, y);
+  } else {
+    kernels_.rms_norm(x, norm.weight, a_.width, a_.epsilon, y);
+  }
+}
+
 void TransformerModel::normalize(const Norm& norm, const float* x, int n, float* y) const {
-  compute_.each_token(n, [&](int t) {
-    const float* from = x + static_cast<size_t>(t) * a_.width;
-    float* to = y + static_cast<size_t>(t) * a_.width;
-    if (a_.layer_norm) {
-      kernels_.layer_norm(from, norm.weight, norm.bias, a_.width, a_.epsilon, to);
-    } else {
-      kernels_.rms_norm(from, norm.weight, a_.width, a_.epsilon, to);
-    }
-  });
+  const auto width = static_cast<size_t>(a_.width);
+  compute_.each_token(n, [&](int t) { normalize(norm, x + t * width, y + t * width); });
 }
 
 // x_ += attention(normed_)
@@ -455,37 +450,39 @@ void TransformerModel::attention(const Layer& layer, int index, int n) {
   const auto q_size = static_cast<size_t>(a_.heads) * a_.head_size,
              kv_size = static_cast<size_t>(a_.kv_heads) * a_.head_size;
   const bool quantized = layer.q.quantized() || layer.k.quantized() || layer.v.quantized() || layer.qkv.quantized();
-  const Operand input = compute_.prepare(normed_.data(), a_.width, n, quantized, activations_.data());
+  const Operand input = compute_.prepare(buffers_.normed.data(), a_.width, n, quantized, buffers_.activations.data());
   if (a_.fused_qkv) {
     const size_t all = q_size + 2 * kv_size;
-    compute_.multiply({{&layer.qkv, qkv_.data(), all}}, input, n);
+    compute_.multiply({{&layer.qkv, buffers_.qkv.data(), all}}, input, n);
     compute_.each_token(n, [&](int t) {
-      const float* from = qkv_.data() + t * all;
-      std::copy_n(from, q_size, q_.data() + t * q_size);
-      std::copy_n(from + q_size, kv_size, k_.data() + t * kv_size);
-      std::copy_n(from + q_size + kv_size, kv_size, v_.data() + t * kv_size);
+      const float* from = buffers_.qkv.data() + t * all;
+      std::copy_n(from, q_size, buffers_.q.data() + t * q_size);
+      std::copy_n(from + q_size, kv_size, buffers_.k.data() + t * kv_size);
+      std::copy_n(from + q_size + kv_size, kv_size, buffers_.v.data() + t * kv_size);
     });
   } else {
-    compute_.multiply({{&layer.q, q_.data(), q_size}, {&layer.k, k_.data(), kv_size}, {&layer.v, v_.data(), kv_size}}, input,
-                      n);
+    compute_.multiply({{&layer.q, buffers_.q.data(), q_size},
+                       {&layer.k, buffers_.k.data(), kv_size},
+                       {&layer.v, buffers_.v.data(), kv_size}},
+                      input, n);
   }
   compute_.each_token(n, [&](int t) {
     if (layer.q_bias) {
-      kernels_.add(q_.data() + t * q_size, layer.q_bias, static_cast<int>(q_size));
-      kernels_.add(k_.data() + t * kv_size, layer.k_bias, static_cast<int>(kv_size));
-      kernels_.add(v_.data() + t * kv_size, layer.v_bias, static_cast<int>(kv_size));
+      kernels_.add(buffers_.q.data() + t * q_size, layer.q_bias, static_cast<int>(q_size));
+      kernels_.add(buffers_.k.data() + t * kv_size, layer.k_bias, static_cast<int>(kv_size));
+      kernels_.add(buffers_.v.data() + t * kv_size, layer.v_bias, static_cast<int>(kv_size));
     }
-    rotate(q_.data(), a_.heads, q_size, t);
-    rotate(k_.data(), a_.kv_heads, kv_size, t);
+    rotate(buffers_.q.data(), a_.heads, q_size, t);
+    rotate(buffers_.k.data(), a_.kv_heads, kv_size, t);
   });
-  kv_->attend(index, spans_, k_.data(), v_.data(), q_.data(), attended_.data());
-  const Operand attended =
-      compute_.prepare(attended_.data(), static_cast<int>(q_size), n, layer.output.quantized(), activations_.data());
+  kv_->attend(index, spans_, buffers_.k.data(), buffers_.v.data(), buffers_.q.data(), buffers_.q.data());
+  const Operand attended = compute_.prepare(buffers_.q.data(), static_cast<int>(q_size), n, layer.output.quantized(),
+                                            buffers_.activations.data());
   const auto width = static_cast<size_t>(a_.width);
-  compute_.multiply({{&layer.output, projected_.data(), width}}, attended, n, [&](size_t, int first, int count) {
+  compute_.multiply({{&layer.output, buffers_.normed.data(), width}}, attended, n, [&](size_t, int first, int count) {
     for (int t = 0; t < n; ++t) {
-      float* y = x_.data() + t * width + first;
-      kernels_.add(y, projected_.data() + t * width + first, count);
+      float* y = buffers_.x.data() + t * width + first;
+      kernels_.add(y, buffers_.normed.data() + t * width + first, count);
       if (layer.output_bias) kernels_.add(y, layer.output_bias + first, count);
     }
   });
@@ -500,20 +497,22 @@ void TransformerModel::forward(const std::vector<Step>& steps) {
   const auto width = static_cast<size_t>(a_.width);
   for (int i = 0; i < a_.layers; ++i) {
     const Layer& layer = layers_[i];
-    normalize(layer.attention_norm, x_.data(), n, normed_.data());
-    FfnInput ffn{normed_.data(), x_.data(), x_.data(), n, dense_tokens_, options_.decode_ffn == FfnMode::kDense};
+    normalize(layer.attention_norm, buffers_.x.data(), n, buffers_.normed.data());
+    FfnInput ffn{buffers_.normed.data(), buffers_.x.data(),
+                 buffers_.x.data(),      n,
+                 dense_tokens_,          options_.decode_ffn == FfnMode::kDense};
     if (a_.parallel) {
-      std::copy_n(x_.data(), n * width, layer_input_.data());
-      std::copy_n(normed_.data(), n * width, ffn_normed_.data());
-      ffn.normed = ffn_normed_.data();
-      ffn.predictor = layer_input_.data();
-      if (layer.attention_norm_2.weight) normalize(layer.attention_norm_2, x_.data(), n, normed_.data());
+      std::copy_n(buffers_.x.data(), n * width, buffers_.layer_input.data());
+      std::copy_n(buffers_.normed.data(), n * width, buffers_.ffn_normed.data());
+      ffn.normed = buffers_.ffn_normed.data();
+      ffn.predictor = buffers_.layer_input.data();
+      if (layer.attention_norm_2.weight) normalize(layer.attention_norm_2, buffers_.x.data(), n, buffers_.normed.data());
       attention(layer, i, n);
     } else {
       attention(layer, i, n);
-      normalize(layer.ffn_norm, x_.data(), n, normed_.data());
+      normalize(layer.ffn_norm, buffers_.x.data(), n, buffers_.normed.data());
     }
-    layer.ffn->run(ffn, ffn_buffers_);
+    layer.ffn->run(ffn, buffers_.ffn);
   }
   kv_->append(spans_);
   logits(n);
@@ -526,23 +525,21 @@ void TransformerModel::logits(int n) {
     if (entries_[t].logits) wanted.push_back(t);
   }
   const auto width = static_cast<size_t>(a_.width), vocabulary = static_cast<size_t>(a_.vocabulary);
-  // at most a few at a time: [16, vocabulary] floats
-  constexpr size_t kTogether = 16;
-  for (size_t first = 0; first < wanted.size(); first += kTogether) {
-    const auto count = static_cast<int>(std::min(kTogether, wanted.size() - first));
-    for (int i = 0; i < count; ++i) {
-      std::copy_n(x_.data() + wanted[first + i] * width, width, projected_.data() + i * width);
-    }
-    normalize(output_norm_, projected_.data(), count, normed_.data());
-    const Operand input = compute_.prepare(normed_.data(), a_.width, count, output_.quantized(), activations_.data());
+  for (size_t first = 0; first < wanted.size(); first += kLogitsTogether) {
+    const auto count = static_cast<int>(std::min(kLogitsTogether, wanted.size() - first));
+    compute_.each_token(count, [&](int i) {
+      normalize(output_norm_, buffers_.x.data() + wanted[first + i] * width, buffers_.normed.data() + i * width);
+    });
+    const Operand input =
+        compute_.prepare(buffers_.normed.data(), a_.width, count, output_.quantized(), buffers_.activations.data());
     if (count == 1) {
       compute_.multiply({{&output_, entries_[wanted[first]].logits, vocabulary}}, input, 1);
       continue;
     }
-    logits_.resize(kTogether * vocabulary);
-    compute_.multiply({{&output_, logits_.data(), vocabulary}}, input, count);
+    buffers_.logits.resize(kLogitsTogether * vocabulary);
+    compute_.multiply({{&output_, buffers_.logits.data(), vocabulary}}, input, count);
     for (int i = 0; i < count; ++i) {
-      std::copy_n(logits_.data() + i * vocabulary, vocabulary, entries_[wanted[first + i]].logits);
+      std::copy_n(buffers_.logits.data() + i * vocabulary, vocabulary, entries_[wanted[first + i]].logits);
     }
   }
 }

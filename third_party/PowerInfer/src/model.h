@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "buffers.h"
 #include "gguf.h"
 
 namespace powerinfer {
@@ -22,6 +23,7 @@ struct ModelOptions {
   FfnMode decode_ffn = FfnMode::kSparse;
   FfnMode prompt_ffn = FfnMode::kDense;  // dense: every neuron, the activation applied
   std::string activation;                // "relu", "silu" or "gelu" in place of the file's; "" as the file says
+  size_t hidden_bytes = kHiddenBytes;    // bounds the buffers that are as wide as the FFN
   std::string isa;                       // "plain", "avx2", "avx512": instruction set; "" the best one here
 };
 
