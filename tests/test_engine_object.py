@@ -1,7 +1,9 @@
 """Engine: what its parts do by themselves, and the Transformers backend on the embedded model."""
 
 import json
+import os
 import random
+import shutil
 import types
 
 import pytest
@@ -176,6 +178,9 @@ def test_backend_by_model_and_machine(monkeypatch):
         ({"load_in_4bit": True, "load_in_8bit": True}, "exclude each other"),
         ({"protected_layers": [99]}, "protected_layers must name layers from -30 to 29, got 99"),
         ({"calibration": "/nothing.safetensors"}, "cannot read the calibration file"),
+        ({"model": 3}, "model must be a checkpoint's folder or name, or a GGUF or PWRI file, got 3"),
+        ({"model": ""}, "model must be a checkpoint's folder or name, or a GGUF or PWRI file, got ''"),
+        ({"compress": "no"}, "compress must be True or False, got 'no'"),
     ],
 )
 def test_bad_options_are_refused_before_the_first_answer(arguments, text):
@@ -269,6 +274,10 @@ def test_chat_is_the_rendered_template(engine):
         (lambda e: e.generate([1, 10**6]), "token ids must be from 0 to 49151, got 1000000"),
         (lambda e: e.generate([5] * 8192), "the prompt has 8192 tokens and the model's context is 8192, answer included"),
         (lambda e: e.generate([3.5]), "a prompt must be text or a list of token ids"),
+        (lambda e: e.generate(None), "a prompt must be text or a list of token ids that is not empty, got None"),
+        (lambda e: e.generate(b"hi"), "a prompt must be text or a list of token ids that is not empty, got b'hi'"),
+        (lambda e: e.generate([True]), "a prompt must be text or a list of token ids that is not empty, got True"),
+        (lambda e: e.generate("\ud800"), "a prompt must be text that UTF-8 can hold"),
         (lambda e: e.chat([]), "messages must be a list such as"),
         (lambda e: e.chat("Hello"), "messages must be a list such as"),
         (lambda e: e.chat([{"role": "user"}]), "messages must be a list such as"),
@@ -359,3 +368,20 @@ def test_closed_engine_refuses():
     with pytest.raises(PowerQuantError, match="this Engine is closed"):
         engine.generate("x")
     assert "closed" in repr(engine)
+
+
+def test_an_engine_that_is_closed_while_it_answers():
+    engine = Engine.from_pretrained(backend="transformers")
+    pieces = iter(engine.generate_stream(FRANCE, **GREEDY))
+    next(pieces)
+    engine.close()
+    with pytest.raises(PowerQuantError, match="was closed while it answered"):
+        list(pieces)
+
+
+def test_a_checkpoint_whose_weights_are_damaged(tmp_path):
+    shutil.copytree(prepare_model(), tmp_path, dirs_exist_ok=True)
+    (weights,) = tmp_path.glob("*.safetensors")
+    os.truncate(weights, 5000)
+    with pytest.raises(PowerQuantConfigError, match="cannot load .*header"):
+        Engine.from_pretrained(str(tmp_path), backend="transformers")

@@ -125,6 +125,19 @@ def test_terminal_colours_answers_and_interrupt_ends_one():
     assert terminal.end() == 0
 
 
+def test_figures_after_an_interrupt_are_not_those_of_another_answer():
+    terminal = Terminal("--max-tokens", "2000", "--temperature", "0", "--metrics", NO_COLOR="1")
+    terminal.wait_for("you> ")
+    terminal.type("Hi\n")
+    assert "tokens/s" in terminal.wait_for("you> ")
+    terminal.type("Tell me a very long story.\n")
+    terminal.wait_for("story[.]\r\n[^\r]+")
+    terminal.type("\x03")
+    assert "tokens/s" not in terminal.wait_for("you> ")
+    terminal.type("exit\n")
+    assert terminal.end() == 0
+
+
 def test_end_of_input_and_interrupt_between_answers_leave_a_terminal():
     terminal = Terminal(NO_COLOR="1")
     terminal.wait_for("you> ")

@@ -97,17 +97,18 @@ class Conversation:
         """Whether the conversation can go on."""
         self.messages.append({"role": "user", "content": text})
         said: list[str] = []
-        stream = None
+        stream = result = None
         try:
             stream = self.engine.chat_stream(self.messages, **self.options)
             for piece in stream:
                 said.append(piece)
                 print(coloured(piece, "32", sys.stdout), end="", flush=True)
-            self.last = stream.result
+            self.last = result = stream.result
         except KeyboardInterrupt:
             if not terminal:
                 raise
-            stream.close()
+            if stream is not None:
+                stream.close()
         except PowerQuantConfigError as error:
             # most likely the conversation is longer than the context; without this turn it goes on
             self.messages.pop()
@@ -119,8 +120,8 @@ class Conversation:
             raise
         print(flush=True)
         self.messages.append({"role": "assistant", "content": "".join(said)})
-        if self.metrics and self.last is not None:
-            print(coloured(self.last.summary(), "2", sys.stderr), file=sys.stderr, flush=True)
+        if self.metrics and result is not None:  # an answer that was interrupted has none
+            print(coloured(result.summary(), "2", sys.stderr), file=sys.stderr, flush=True)
         return True
 
 

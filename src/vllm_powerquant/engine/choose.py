@@ -42,6 +42,8 @@ def find_source(model: str | None, backend: str = "auto") -> Source:
         if backend == "sparse":
             return Source("sparse", str(path), path.stem)
         return Source(_for_checkpoints(backend), str(prepare_model(DEFAULT_MODEL)), path.stem)
+    if not isinstance(model, str | os.PathLike) or not os.fspath(model):
+        raise PowerQuantConfigError(f"model must be a checkpoint's folder or name, or a GGUF or PWRI file, got {model!r}")
     choice = choose(os.fspath(model))
     if choice.engine == "powerinfer":
         if backend not in ("auto", "sparse"):
@@ -102,6 +104,8 @@ class Settings:
             known += _vllm_options()
         refuse_unknown(options, known, f"option of backend {source.backend}")
         given = {name: options[name] for name in CACHE_OPTIONS if options.get(name) is not None}
+        if not isinstance(compress, bool):
+            raise PowerQuantConfigError(f"compress must be True or False, got {compress!r}")
         if given and not compress:
             raise PowerQuantConfigError(f"compress=False has no compressed cache: leave out {', '.join(given)}")
         checked = dict(given)

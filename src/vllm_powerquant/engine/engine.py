@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 from ..errors import PowerQuantConfigError, PowerQuantError
-from ..sparse.protocols import Prompt
+from ..sparse.protocols import Prompt, is_token_ids
 from .choose import Settings, find_source
 from .result import GenerationResult, TextStream
 from .sampling import Sampling
@@ -96,7 +96,7 @@ class Engine:
 
     def generate_with_metrics(self, prompts: Any, **sampling: Any) -> GenerationResult | list[GenerationResult]:
         """As generate; the results with what was measured."""
-        single = isinstance(prompts, str | Mapping) or _is_token_ids(prompts)
+        single = isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable) or is_token_ids(prompts)
         several = [Prompt.of(prompt) for prompt in ([prompts] if single else prompts)]
         results = self._open().batch(several, Sampling.of(sampling))
         return results[0] if single else results
@@ -162,7 +162,3 @@ def _conversation(messages: Any) -> Prompt:
             f'messages must be a list such as [{{"role": "user", "content": "Hello"}}], not empty, got {messages!r:.200}'
         )
     return Prompt(messages=list(messages))
-
-
-def _is_token_ids(value: Any) -> bool:
-    return isinstance(value, Sequence) and bool(value) and all(isinstance(token, int) for token in value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from .sampling import Sampling
 from .text import Detokenizer, StopTexts
 
 try:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
     from transformers.cache_utils import Cache, DynamicCache
 
@@ -194,6 +194,8 @@ class TransformersBackend:
     @torch.inference_mode()
     def logits(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Feed tokens [n] int64 -> logits [1 or n, vocabulary] fp32 of what follows the last of them."""
+        if self.model is None:
+            raise PowerQuantError("this Engine was closed while it answered")
         out = self.model(tokens[None], past_key_values=cache, use_cache=True, **self._last_logits)
         return out.logits[0].float()
 
@@ -208,7 +210,7 @@ def _load(kind: type, settings: Settings, options: dict[str, Any]) -> Any:
         options.pop("attn_implementation", None)
     try:
         return kind.from_pretrained(settings.source.path, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         raise PowerQuantConfigError(f"cannot load {settings.source.path}: {first_line(error)}; {_REMEDY}") from None
 
 

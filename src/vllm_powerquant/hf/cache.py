@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from .sequences import Window
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_ARGUMENTS = "_powerquant_arguments"  # of a model that is watched: the names of forward's
 FUSED = "powerquant"  # the attn_implementation that attends to packed pages
 
 
@@ -350,25 +350,23 @@ def _exact_tokens(layer: PackedLayer) -> int:
 
 def watch_padding(model: PreTrainedModel) -> None:
     """Tell every PowerQuantCache that the model is called with of the call's attention mask. Once a model."""
-    if getattr(model, "_powerquant_sees_padding", False):
+    if hasattr(model, _ARGUMENTS):
         return
-    model._powerquant_sees_padding = True
+    setattr(model, _ARGUMENTS, tuple(inspect.signature(model.forward).parameters))
     model.register_forward_pre_hook(_tell_padding, with_kwargs=True)
     # the mask is of one call: parts of the model may be called with the same cache, too
     model.register_forward_hook(_forget_padding, with_kwargs=True, always_call=True)
 
 
-def argument(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], name: str) -> Any:
-    """What a module's forward is called with, by name or by position; None: not given."""
-    if name in kwargs or not args:
-        return kwargs.get(name)
-    names = parameters(type(module))
-    return args[names.index(name)] if name in names[: len(args)] else None
+def argument_names(model: PreTrainedModel, args: tuple) -> tuple[str, ...]:
+    """Of those that forward is called with by position; the model is watched."""
+    return getattr(model, _ARGUMENTS)[: len(args)]
 
 
-@functools.cache
-def parameters(kind: type[torch.nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]  # without self
+def argument(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], name: str) -> Any:
+    """What forward is called with, by name or by position; None: not given."""
+    names = argument_names(model, args)
+    return args[names.index(name)] if name in names else kwargs.get(name)
 
 
 def _tell_padding(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from ..attention.rotation import SUPPORTED_HEAD_SIZES
 from ..calibration import head_size_of
 from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
-from .cache import FUSED, PowerQuantCache, _config_of, argument, layer_config, parameters, watch_padding
+from .cache import FUSED, PowerQuantCache, _config_of, argument, argument_names, layer_config, watch_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -209,8 +209,8 @@ def _give_cache(make, module: torch.nn.Module, args: tuple, kwargs: dict[str, An
     given = argument(module, args, kwargs, "past_key_values")
     if not use_cache or given is not None or (module.training and torch.is_grad_enabled()):
         return None
-    names = parameters(type(module))
-    if "past_key_values" in names[: len(args)]:
+    names = argument_names(module, args)
+    if "past_key_values" in names:
         at = names.index("past_key_values")
         return (*args[:at], make(), *args[at + 1 :]), kwargs
     return args, {**kwargs, "past_key_values": make()}

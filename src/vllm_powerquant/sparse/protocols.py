@@ -32,12 +32,25 @@ class Prompt:
         if isinstance(value, cls):
             return value
         if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise PowerQuantConfigError(
+                    f"a prompt must be text that UTF-8 can hold, got {error.object!r:.200}"
+                ) from None
             return cls(text=value)
         if isinstance(value, Mapping) and set(value) <= {"prompt", "prompt_token_ids"} and value:
             return cls.of(value["prompt_token_ids"] if "prompt_token_ids" in value else value["prompt"])
-        if isinstance(value, Sequence) and value and all(isinstance(token, int) for token in value):
+        if is_token_ids(value):
             return cls(token_ids=list(value))
         raise PowerQuantConfigError(f"a prompt must be text or a list of token ids that is not empty, got {value!r:.200}")
+
+
+def is_token_ids(value: Any) -> bool:
+    """Whether this is one prompt's token ids: not empty, not bytes, no truth values among them."""
+    if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray) or not value:
+        return False
+    return all(isinstance(token, int) and not isinstance(token, bool) for token in value)
 
 
 class ServerProtocol(Protocol):
