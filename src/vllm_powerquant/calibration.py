@@ -56,12 +56,18 @@ class ModelShape:
             model_type=config.model_type,
             layers=config.num_hidden_layers,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_size=head_size_of(config),
             query_heads=heads,
             hidden_size=config.hidden_size,
             vocabulary=config.vocab_size,
             rope=json.dumps(_rope(getattr(config, "rope_parameters", None) or {}), sort_keys=True),
         )
+
+
+def head_size_of(config: PretrainedConfig) -> int | None:
+    """Args: config: of a model's text part, or of one of its layers where they differ. Returns: None without attention"""
+    heads = getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
 
 
 _ROPE = ("rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings")

@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from ..attention.cache_format import SCALAR, CacheFormat
-from ..calibration import ModelShape, load_calibration
+from ..calibration import head_size_of, load_calibration
 from ..config import PowerQuantConfig
 from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
 from .graphs import DecodeGraphs
@@ -172,7 +172,7 @@ class PowerQuantCache(Cache):
         for i, layer in enumerate(layers):
             # other kinds (sliding, linear attention, ...) hold a bounded state and stay Transformers' own
             if type(layer) is DynamicLayer and i not in exact:
-                cache_format = self.format_of(ModelShape.of(config).head_size, *bits.get(i, ()))
+                cache_format = self.format_of(head_size_of(layer_config(config, i)), *bits.get(i, ()))
                 layers[i] = PackedLayer(self, cache_format, self.window, None if frames is None else frames[i])
         super().__init__(layers=layers)
         if is_model:
@@ -267,6 +267,11 @@ def _config_of(model: PreTrainedModel | PreTrainedConfig) -> tuple[PreTrainedCon
             f"{type(config).__name__} is an encoder-decoder; its cross attention is not packed, use Transformers' own cache"
         )
     return config.get_text_config(decoder=True), is_model
+
+
+def layer_config(config: PreTrainedConfig, layer: int) -> PreTrainedConfig:
+    """A layer's own config where layers differ (Gemma 4: in head size), else the one of all."""
+    return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
 
 
 def _protected(layers: int | Sequence[int], count: int) -> set[int]:

@@ -228,6 +228,11 @@ class PackedLayer(CacheLayerMixin):
         Returns: [batch, n, num_heads, head_size]; zeros where there is padding
         """
         batch, num_heads, n, head_size = query.shape
+        if not self.is_offered:
+            raise PowerQuantUnsupportedError(
+                "a layer's attention ran twice over one chunk, which packed attention would have stored twice; use another "
+                "attn_implementation for this model"
+            )
         step = self.rows.step(n, mask)
         self._reserve(step.after.pages)
         if self.device.type == "cuda" and n == 1 and step.tokens is None:

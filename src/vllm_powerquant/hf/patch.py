@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import typing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from ..attention.rotation import SUPPORTED_HEAD_SIZES
-from ..calibration import ModelShape
+from ..calibration import head_size_of
 from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
-from .cache import FUSED, PowerQuantCache, _config_of, watch_padding
+from .cache import FUSED, PowerQuantCache, _config_of, layer_config, watch_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 _STATE = "_powerquant_patch"
 # parts of a multimodal model that have no cache
 _TOWERS = ("vision_tower", "vision_model", "visual", "audio_tower", "multi_modal_projector")
+# models whose attention looks like the others' from outside
+_OTHER_ATTENTION = {
+    "diffllama": "attention is the difference of two over the same keys",
+    "doge": "attention makes a mask of its own",
+}
 
 
 @dataclass(frozen=True)
@@ -67,12 +73,15 @@ def check_model(model: PreTrainedModel) -> ModelSupport:
 
     Raises: PowerQuantUnsupportedError for an encoder-decoder
     """
+    if not isinstance(model, torch.nn.Module):
+        raise PowerQuantConfigError(f"check_model needs a Transformers model that is loaded, got {type(model).__name__}")
     config, _ = _config_of(model)
+    own_cache = _own_cache(model)
     layers = []
     for i, layer in enumerate(DynamicCache(config=config).layers):
         kind, reason = _kind(layer)
         if reason is None:
-            reason = _why_not_packed(config)
+            reason = f"the model's code takes no cache but its {own_cache}" if own_cache else _why_not(config, i)
         layers.append(LayerSupport(i, kind, reason is None, reason or ""))
     reason = ""
     if not any(layer.packed for layer in layers):
@@ -85,17 +94,31 @@ def check_model(model: PreTrainedModel) -> ModelSupport:
         reason = "attention has a logit soft cap"
     elif any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in model.named_parameters()):
         reason = "attention has learned sink logits"
+    else:
+        reason = _OTHER_ATTENTION.get(config.model_type, "")
     skipped = tuple(name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in _TOWERS)
     return ModelSupport(type(model).__name__, tuple(layers), not reason, reason, skipped)
 
 
-def _why_not_packed(config: PreTrainedConfig) -> str | None:
-    """Of layers of full attention."""
+def _why_not(config: PreTrainedConfig, layer: int) -> str | None:
+    """Why a layer of full attention is not packed; None: it is."""
     if getattr(config, "kv_lora_rank", None):
         return "multi-head latent attention caches keys and values of different sizes"
-    head_size = ModelShape.of(config).head_size
+    head_size = head_size_of(layer_config(config, layer))
+    if head_size is None:
+        return "the model has no attention"
     if head_size not in SUPPORTED_HEAD_SIZES:
         return f"head size {head_size} has no rotation, only {', '.join(map(str, SUPPORTED_HEAD_SIZES))} do"
+    return None
+
+
+def _own_cache(model: PreTrainedModel) -> str | None:
+    """The cache class of a model's own (MiniMax's) that its code asks for."""
+    for module in model.modules():
+        hint = getattr(type(module).forward, "__annotations__", {}).get("past_key_values")
+        for kind in typing.get_args(hint) or (hint,):
+            if isinstance(kind, type) and issubclass(kind, Cache) and kind.__module__ != Cache.__module__:
+                return kind.__name__
     return None
 
 
