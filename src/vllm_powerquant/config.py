@@ -18,7 +18,7 @@ ENV_PREFIX = "POWERQUANT_"
 # Names with our prefix that are read elsewhere; they are no options of the cache.
 OTHER_ENV_NAMES = ("POWERQUANT_CACHE_DIR", "POWERQUANT_ENGINE", "POWERQUANT_MODEL_GGUF")
 
-# Options that a preset sets where neither source gives them; the measured cost of each stands in the README.
+# Options that a preset sets where neither source gives them; the measured cost of each stands in docs/serving.md.
 PRESET, PRESET_ENV, DEFAULT_PRESET = "preset", "POWERQUANT_PRESET", "balanced"
 PRESETS = {"quality": {"value_bits": 4}, DEFAULT_PRESET: {}, "max-context": {"key_bits": 3, "value_codec": "trellis"}}
 
@@ -208,7 +208,7 @@ def options() -> Iterator[Option]:
 
 
 def options_markdown() -> str:
-    """The option table of the README."""
+    """The option table of docs/serving.md."""
     rows = ["| Option | Environment variable | Default | Allowed | Meaning |", "|---|---|---|---|---|"]
     rows += [
         f"| `{o.field}` | `{o.env}` | {'none' if o.default == '' else o.default} | {o.allowed} | {o.help} |"
