@@ -17,9 +17,10 @@ constexpr int kPanelQueries = 4;  // fewer read the values as they are
 // [layer][slot][keys, values][kv head][context][head size] fp16; pages come as tokens do.
 class F16Cache : public KvCache {
  public:
-  F16Cache(const KvShape& shape, const Compute& compute)
+  F16Cache(const KvShape& shape, const Compute& compute, size_t score_bytes)
       : shape_(shape),
         compute_(compute),
+        score_bytes_(score_bytes),
         head_bytes_(size_t{2} * shape.context * shape.head_size),
         memory_(head_bytes_ * shape.kv_heads * 2 * shape.slots * shape.layers, "the KV cache", false),
         scratch_(compute.pool.size()) {}
@@ -32,7 +33,7 @@ class F16Cache : public KvCache {
     size_t most = 0, scores = 0;
     for (size_t s = 0; s < tokens.size(); ++s) {
       const int length = tokens[s].position + tokens[s].count;
-      const QueryBlock block = QueryBlock::of(shape_, compute_.pool.size(), length);
+      const QueryBlock block = QueryBlock::of(shape_, compute_.pool.size(), length, score_bytes_);
       for (int t = 0; t < tokens[s].count; t += block.tokens) {
         const int count = std::min(block.tokens, tokens[s].count - t);
         for (int head = 0; head < shape_.heads; head += std::min(block.heads, group - head % group)) {
@@ -158,6 +159,7 @@ class F16Cache : public KvCache {
 
   KvShape shape_;
   Compute compute_;
+  size_t score_bytes_;
   size_t head_bytes_;
   Memory memory_;
   std::vector<Scratch> scratch_;
@@ -254,9 +256,9 @@ class PackedCache : public KvCache {
 
 }  // namespace
 
-QueryBlock QueryBlock::of(const KvShape& shape, int threads, int length) {
+QueryBlock QueryBlock::of(const KvShape& shape, int threads, int length, size_t score_bytes) {
   const int group = shape.heads / shape.kv_heads;
-  const size_t fit = std::max<size_t>(1, kScoreBytes / (sizeof(float) * threads * round_up(length, 16)));
+  const size_t fit = std::max<size_t>(1, score_bytes / (sizeof(float) * threads * round_up(length, 16)));
   const int rows = static_cast<int>(std::min<size_t>(fit, std::max(kTokenBlock, group)));
   return {std::max(1, rows / group), std::min(rows, group)};
 }
@@ -265,8 +267,8 @@ std::unique_ptr<KvCache> make_packed_cache(const KvShape& shape, const Compute& 
   return std::make_unique<PackedCache>(shape, compute);
 }
 
-std::unique_ptr<KvCache> make_f16_cache(const KvShape& shape, const Compute& compute) {
-  return std::make_unique<F16Cache>(shape, compute);
+std::unique_ptr<KvCache> make_f16_cache(const KvShape& shape, const Compute& compute, size_t score_bytes) {
+  return std::make_unique<F16Cache>(shape, compute, score_bytes);
 }
 
 }  // namespace powerinfer

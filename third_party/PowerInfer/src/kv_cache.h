@@ -39,18 +39,20 @@ class KvCache {
 };
 
 // Queries that read keys and values together in the fp16 cache: `tokens` of `heads` query heads each, as many as pay for
-// themselves and whose scores of `length` tokens fit, on all threads together, into kScoreBytes.
+// themselves and whose scores of `length` tokens fit, on all threads together, into `score_bytes`; one query a thread at
+// least.
 struct QueryBlock {
   static constexpr size_t kScoreBytes = size_t{6} << 20;
   int tokens, heads;
 
-  static QueryBlock of(const KvShape& shape, int threads, int length);
+  static QueryBlock of(const KvShape& shape, int threads, int length, size_t score_bytes = kScoreBytes);
   size_t score_bytes(int threads, int length) const {
     return sizeof(float) * threads * tokens * heads * round_up(length, 16);
   }
 };
 
-std::unique_ptr<KvCache> make_f16_cache(const KvShape& shape, const Compute& compute);
+std::unique_ptr<KvCache> make_f16_cache(const KvShape& shape, const Compute& compute,
+                                        size_t score_bytes = QueryBlock::kScoreBytes);
 // Keys in 4 bits, values in 2 (packed_kv.h). Throws Error(kUsage) for a head size that has no codebook.
 std::unique_ptr<KvCache> make_packed_cache(const KvShape& shape, const Compute& compute);
 

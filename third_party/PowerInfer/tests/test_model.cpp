@@ -181,6 +181,24 @@ TEST_CASE("logits do not depend on passes, threads, slots, instruction sets or w
   }
 }
 
+TEST_CASE("logits do not depend on the slabs that the FFN is computed in") {
+  for (const ModelShape& shape : shapes()) {
+    CAPTURE(describe(shape));
+    const auto bytes = make_model(shape).bytes();
+    const auto ids = token_ids(29, shape.vocabulary);
+    for (const bool prompt : {true, false}) {
+      CAPTURE(prompt);
+      const auto whole = run(*load(bytes), ids, {29}, prompt);
+      for (const size_t hidden_bytes : {size_t{0}, size_t{12} << 10}) {
+        ModelOptions options;
+        options.hidden_bytes = hidden_bytes;
+        CAPTURE(hidden_bytes);
+        CHECK(run(*load(bytes, options), ids, {29}, prompt) == whole);
+      }
+    }
+  }
+}
+
 TEST_CASE("sparse is dense where the predictor is exact") {
   for (const ModelShape& shape : shapes()) {
     if (!shape.sparse) continue;
