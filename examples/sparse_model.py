@@ -1,0 +1,43 @@
+"""From a SiLU model to a sparse one that the C++ engine serves: ReLU, predictors, a file, answers.
+
+python examples/sparse_model.py [FOLDER]        keeps what it makes there; without one it is removed in the end
+
+The predictors are trained on 8,192 tokens for three epochs, so that this takes a minute; docs/sparse.md says what a model
+worth using takes. (Needs the extras [sparse,hf,model] and, to compile the engine the first time, what docs/sparse-engine.md
+names.)
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from vllm_powerquant import SparseEngine
+from vllm_powerquant.sparse.convert import convert
+from vllm_powerquant.sparse.lowrank import Training
+from vllm_powerquant.sparse.predictor import train_predictors
+from vllm_powerquant.sparse.relufy import relufy
+
+with tempfile.TemporaryDirectory() as temporary:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else temporary)
+    relufy(
+        None, folder / "student", eval_windows=0, progress=False
+    )  # the embedded SmolLM2, with the deltas that come with the package
+    trained = train_predictors(
+        folder / "student",
+        folder / "predictors",
+        tokens=8192,
+        rank=96,
+        recall=0.985,
+        training=Training(epochs=3),
+        progress=False,
+    )
+    total = trained.total
+    print(
+        f"neurons: active {total['active_share']:.0%}, predicted {total['predicted_share']:.0%}, recall {total['recall']:.0%}"
+    )
+    convert(folder / "student", folder / "model.gguf", predictor=folder / "predictors", progress=False)
+
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    with SparseEngine(folder / "model.gguf") as engine:
+        (answer,) = engine.chat([question], {"max_tokens": 24, "temperature": 0})
+        print(answer.outputs[0].text)
