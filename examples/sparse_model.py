@@ -2,9 +2,9 @@
 
 python examples/sparse_model.py [FOLDER]        keeps what it makes there; without one it is removed in the end
 
-The predictors are trained on 4,096 tokens for three epochs, so that this takes half a minute on two cores, and answers show it:
-docs/sparse.md says what a model worth using takes. (Needs the extras [sparse,hf,model] and, to compile the engine the first time, what docs/sparse-engine.md
-names.)
+The predictors are trained on 4,096 tokens for three epochs, so that this takes half a minute on two cores, and the answer
+shows it: docs/sparse.md says what a model worth using takes. (Needs the extras [sparse,hf,model] and, to compile the engine
+the first time, what docs/sparse-engine.md names.)
 """
 
 import sys
@@ -32,9 +32,8 @@ with tempfile.TemporaryDirectory() as temporary:
         progress=False,
     )
     share = trained.total
-    print(
-        f"neurons: active {share['active_share']:.0%}, predicted {share['predicted_share']:.0%}, recall {share['recall']:.1%}"
-    )
+    active, predicted = share["active_share"], share["predicted_share"]
+    print(f"neurons: active {active:.0%}, predicted {predicted:.0%}, recall {share['recall']:.1%}")
     convert(folder / "student", folder / "model.gguf", predictor=folder / "predictors", progress=False)
 
     question = [{"role": "user", "content": "What is the capital of France?"}]
