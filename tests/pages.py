@@ -1,16 +1,17 @@
-"""Pages of docs/ whose code is run."""
+"""Pages whose code is run."""
 
 import contextlib
 import io
 import re
 from pathlib import Path
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
-    """(kind, text) of a page's fenced blocks."""
-    text = (DOCS / page).read_text(encoding="utf-8")
+    """(kind, text) of a page's fenced blocks; page: from the repository's root."""
+    text = (ROOT / page).read_text(encoding="utf-8")
     return re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 

@@ -10,7 +10,7 @@ from pages import DOCS, blocks, check_python
 from vllm_powerquant.cli import main
 
 PAGE = (DOCS / "codec.md").read_text(encoding="utf-8")
-BLOCKS = blocks("codec.md")
+BLOCKS = blocks("docs/codec.md")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def figures():
 
 
 def test_python_prints_what_the_page_says():
-    assert check_python("codec.md") >= 4
+    assert check_python("docs/codec.md") >= 4
 
 
 def test_commands_print_what_the_page_says(capsys):

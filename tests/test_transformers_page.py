@@ -10,7 +10,7 @@ from pages import DOCS, check_python  # noqa: E402
 
 
 def test_python_prints_what_the_page_says():
-    assert check_python("transformers.md") >= 6
+    assert check_python("docs/transformers.md") >= 6
 
 
 def test_what_it_names_is_there():

@@ -49,10 +49,25 @@ FAMILIES = (
     completion,
 )
 
+# of every verb; the README's table has the same words
+EXIT_CODES = {
+    "0": "done; doctor: nothing failed",
+    "1": "refused or failed, with one line of reason; doctor: a problem was found",
+    "2": "wrong usage; doctor: it could not run",
+    "130": "interrupted",
+    "141": "nobody reads the output",
+}
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(prog="powerquant", description="KV-cache compression and sparse inference.")
+    codes = "\n".join(f"  {code:<5}{meaning}" for code, meaning in EXIT_CODES.items())
+    parser = argparse.ArgumentParser(
+        prog="powerquant",
+        description="KV-cache compression and sparse inference.",
+        epilog=f"exit codes (serve: the server's own):\n{codes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     for family in FAMILIES:
         family.add(verbs)
@@ -60,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 refused or failed with one line of reason, 2 usage, 130 interrupted, 141 output not wanted."""
+    """Returns: one of EXIT_CODES"""
     args = build_parser().parse_args(argv)
     try:
         with _sigterm_interrupts():
