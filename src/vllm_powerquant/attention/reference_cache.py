@@ -10,27 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
-from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
+from ..errors import PowerQuantConfigError
 from . import reference
 from .cache_format import SCALAR, CacheFormat
+from .cache_layer import UpdatedLayer
 from .qjl import ResidualSketch
 from .rotation import unrotate
 
 _GROWTH = 256  # tokens by which buffers grow, at least
 
 
-class ReferenceLayer(CacheLayerMixin):
+class ReferenceLayer(UpdatedLayer):
     """One layer's packed keys and values, and the buffer that attention reads.
 
     Args: cache_format: None keeps every token exact (a protected layer); residual_tokens, sink_tokens: as in vLLM's options;
           key_frame [num_kv_heads, 3, head_size] fp32: see reference.in_frame; signs [head_size] fp32 of +-1, another
           rotation than the shipped one; sketch: of what the key codes leave over, whose bytes follow each slot's
     """
-
-    is_croppable = True
-    is_sliding = False
 
     def __init__(
         self,
@@ -131,37 +129,11 @@ class ReferenceLayer(CacheLayerMixin):
             self._keys[..., first:start, :], self._values[..., first:start, :] = keys, values
         self.packed_until = max(self.packed_until, start)
 
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """[batch, num_kv_heads, length, head_size], as attention reads them."""
-        return self._keys[..., : self.length, :] if self.is_initialized else None
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        return self._values[..., : self.length, :] if self.is_initialized else None
-
-    @keys.setter
-    def keys(self, keys: None) -> None:
-        self._only_none(keys)
-
-    @values.setter
-    def values(self, values: None) -> None:
-        self._only_none(values)
-
-    @staticmethod
-    def _only_none(tensor: torch.Tensor | None) -> None:
-        # the base class starts with None; what it does to keys and values later would leave the packed slots behind
-        if tensor is not None:
-            raise PowerQuantUnsupportedError("a ReferenceLayer's keys and values come through update(), not by assignment")
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._keys[..., : self.length, :], self._values[..., : self.length, :]
 
     def get_seq_length(self) -> int:
         return self.length
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
 
     def reset(self) -> None:
         self.is_initialized, self.length, self.packed_until = False, 0, 0
@@ -170,9 +142,6 @@ class ReferenceLayer(CacheLayerMixin):
         """Forget the last -tokens_to_remove tokens; what had left the window before stays packed."""
         self.length = max(0, self.length - abs(tokens_to_remove))
         self.packed_until = min(self.packed_until, self.length)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.is_initialized:
@@ -183,9 +152,6 @@ class ReferenceLayer(CacheLayerMixin):
         if self.is_initialized:
             rows = (self._keys, self._values, self.packed)
             self._keys, self._values, self.packed = (x.repeat_interleave(repeats, dim=0) for x in rows)
-
-    def offload(self) -> None:
-        raise PowerQuantUnsupportedError("a ReferenceCache stays on its device; use it without offloading")
 
     def held_bytes(self) -> int:
         """Bytes that a cache of this layer has to hold: a packed slot a token, and the exact rows of window and sinks."""

@@ -104,9 +104,5 @@ def powerquant_mask(
     return stand_in
 
 
-def _register(functions: Any, function: Callable) -> None:
-    functions.register(FUSED, function)
-
-
-_register(ALL_ATTENTION_FUNCTIONS, powerquant_attention)
-_register(ALL_MASK_ATTENTION_FUNCTIONS, powerquant_mask)
+ALL_ATTENTION_FUNCTIONS.register(FUSED, powerquant_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(FUSED, powerquant_mask)

@@ -160,7 +160,7 @@ class PowerQuantCache(Cache):
             self._config = _Shared(None)
             super().__init__(layers=[])
             return
-        config, is_model = _config_of(model)
+        config, is_model = decoder_config(model)
         self._config = _Shared(config)
         layers: list[CacheLayerMixin] = DynamicCache(config=config).layers
         if not layers:
@@ -267,7 +267,7 @@ class _Shared:
         return self
 
 
-def _config_of(model: PreTrainedModel | PreTrainedConfig) -> tuple[PreTrainedConfig, bool]:
+def decoder_config(model: PreTrainedModel | PreTrainedConfig) -> tuple[PreTrainedConfig, bool]:
     """The config of a model's text decoder, and whether a model was given."""
     is_model = isinstance(model, torch.nn.Module)
     config = getattr(model, "config", None) if is_model else model

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
 from ..attention import reference
 from ..attention.cache_format import CacheFormat
+from ..attention.cache_layer import UpdatedLayer
 from ..attention.kernels.cpu_kernels import SEGMENT_TOKENS, BatchPlan, CpuKernels, ExactBlocks
 from ..attention.layout import SUB_PAGE_TOKENS
 from ..attention.rotation import rotation_matrix, unrotate
@@ -27,7 +27,7 @@ _BUFFER_GROWTH = 256  # tokens by which the buffers of decoded tokens grow, at l
 cpu_kernels = functools.cache(CpuKernels)
 
 
-class PackedLayer(CacheLayerMixin):
+class PackedLayer(UpdatedLayer):
     """Packed keys and values of a layer.
 
     packed [batch, pages, num_kv_heads, 64, slot_bytes] uint8 (attention/layout.py); exact [1 + batch * row_blocks,
@@ -40,9 +40,6 @@ class PackedLayer(CacheLayerMixin):
     Args: cache: whose layer this is; cache_format: None where the head size is not known before the first chunk; key_frame
           [num_kv_heads, 3, head_size] fp32: see reference.in_frame
     """
-
-    is_croppable = True
-    is_sliding = False
 
     def __init__(
         self,
@@ -120,7 +117,7 @@ class PackedLayer(CacheLayerMixin):
         self._write(step, *(_tokens(x, step) for x in (key_states, value_states)))
         self._extend_buffers(step, key_states, value_states)
         self.rows = step.after
-        return self.keys, self.values
+        return self.read()
 
     def _check(self, key_states: torch.Tensor) -> None:
         if key_states.shape[0] != self.rows.batch:
@@ -137,12 +134,6 @@ class PackedLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         return self.rows.length
 
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.rows.length + query_length, 0
-
     def reset(self) -> None:
         self._forget()
 
@@ -157,9 +148,6 @@ class PackedLayer(CacheLayerMixin):
         remove = max(0, length - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
         self.rows = self.cache.shared(self.rows, ("crop", remove), lambda: self.rows.crop(remove))
         self._decoded_until = [min(x, n) for x, n in zip(self._decoded_until, self.rows.lens, strict=False)]
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(self.rows.batch).repeat_interleave(repeats))
@@ -182,41 +170,14 @@ class PackedLayer(CacheLayerMixin):
             self._decoded_until = [self._decoded_until[i] for i in chosen]
         self.rows = self.cache.shared(self.rows, ("select", tuple(chosen)), lambda: self.rows.select(chosen))
 
-    def offload(self) -> None:
-        raise PowerQuantUnsupportedError("a PowerQuantCache stays on its device; use it without offloading")
-
     @property
     def batch_size(self) -> int:
         return self.rows.batch
 
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """[batch, num_kv_heads, positions, head_size] as attention reads them; decoded on demand where none are held."""
-        return self._read(0)
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        return self._read(1)
-
-    def _read(self, which: int) -> torch.Tensor | None:
-        if not self.is_initialized:
-            return None
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decoded on demand where no buffers are held."""
         held = self._decode_all() if self._keys is None else (self._keys, self._values)
-        return held[which][..., : self.rows.length, :]
-
-    @keys.setter
-    def keys(self, keys: None) -> None:
-        self._only_none(keys)
-
-    @values.setter
-    def values(self, values: None) -> None:
-        self._only_none(values)
-
-    @staticmethod
-    def _only_none(tensor: torch.Tensor | None) -> None:
-        # the base class starts with None; what anyone does to keys and values later would leave the packed slots behind
-        if tensor is not None:
-            raise PowerQuantUnsupportedError("a packed layer's keys and values come through update(), not by assignment")
+        return tuple(x[..., : self.rows.length, :] for x in held)
 
     # --- fused attention ---------------------------------------------------------------------------------------------
 
@@ -266,7 +227,9 @@ class PackedLayer(CacheLayerMixin):
 
     def _kernels(self, num_heads: int, step: Step):
         """Kernels, and the step's plan for them."""
-        on, plan = step.on(self.device), step.plans.get(self.device)
+        # layers of other shapes or formats share the step, not what kernels make of it
+        on, shape = step.on(self.device), (self.device, self.dtype, self.format, num_heads, self.num_kv_heads)
+        plan = step.plans.get(shape)
         if self.device.type == "cpu":
             kernels = cpu_kernels(self.format)
             if plan is None:
@@ -282,7 +245,7 @@ class PackedLayer(CacheLayerMixin):
                     workspace = Workspace.of(self.num_kv_heads, self.format.head_size, self.dtype, self.device)
                 lens = [step.after.lens[row] for row in step.order]
                 plan = StepPlan.of(on["query_start"], on["seq_lens"], step.query_lens, lens, MAX_ROW_QUERIES, workspace)
-        step.plans[self.device] = plan
+        step.plans[shape] = plan
         return kernels, plan
 
     def gpu_kernels(self, num_heads: int, batch: int) -> GpuKernels:
@@ -365,12 +328,12 @@ class PackedLayer(CacheLayerMixin):
     def _rebuild(self) -> None:
         """Buffers of what is held so far."""
         self._keys, self._values = self._decode_all()
-        self._decoded_until = [max(0, n - max(self.window.residual_tokens - 1, 0)) for n in self.rows.lens]
+        self._decoded_until = [max(0, n - self.window.kept) for n in self.rows.lens]
 
     def _leave_window(self) -> None:
         """From now on tokens before the window are read as packed, but for the sinks."""
         for row, length in enumerate(self.rows.lens):
-            start = length - max(self.window.residual_tokens - 1, 0)
+            start = length - self.window.kept
             first = max(self._decoded_until[row], self.window.sink_tokens)
             if start > first:
                 at = self.rows.positions(row)

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from ..attention.rotation import SUPPORTED_HEAD_SIZES
 from ..calibration import head_size_of
 from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
-from .cache import FUSED, PowerQuantCache, _config_of, argument, argument_names, layer_config, watch_padding
+from .cache import FUSED, PowerQuantCache, argument, argument_names, decoder_config, layer_config, watch_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -75,7 +75,7 @@ def check_model(model: PreTrainedModel) -> ModelSupport:
     """
     if not isinstance(model, torch.nn.Module):
         raise PowerQuantConfigError(f"check_model needs a Transformers model that is loaded, got {type(model).__name__}")
-    config, _ = _config_of(model)
+    config, _ = decoder_config(model)
     own_cache = _own_cache(model)
     layers = []
     for i, layer in enumerate(DynamicCache(config=config).layers):
@@ -205,7 +205,7 @@ def _give_cache(make, module: torch.nn.Module, args: tuple, kwargs: dict[str, An
     """Before forward: a cache where one would be made."""
     use_cache = argument(module, args, kwargs, "use_cache")
     if use_cache is None:
-        use_cache = getattr(_config_of(module)[0], "use_cache", False)
+        use_cache = getattr(decoder_config(module)[0], "use_cache", False)
     given = argument(module, args, kwargs, "past_key_values")
     if not use_cache or given is not None or (module.training and torch.is_grad_enabled()):
         return None

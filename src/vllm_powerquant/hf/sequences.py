@@ -40,10 +40,14 @@ class Window:
         return -(-self.sink_tokens // EXACT_BLOCK)
 
     @property
+    def kept(self) -> int:
+        """Newest tokens that are exact before a chunk: its first one is the window's last."""
+        return max(self.residual_tokens - 1, 0)
+
+    @property
     def ring_blocks(self) -> int:
-        """The residual_tokens - 1 tokens before a chunk, wherever they begin in a block."""
-        kept = max(self.residual_tokens - 1, 0)
-        return -(-(kept + EXACT_BLOCK - 1) // EXACT_BLOCK) if kept else 0
+        """Blocks that so many tokens touch, wherever they begin in one."""
+        return -(-(self.kept + EXACT_BLOCK - 1) // EXACT_BLOCK) if self.kept else 0
 
     @property
     def row_blocks(self) -> int:
@@ -81,10 +85,6 @@ class Rows:
     @property
     def batch(self) -> int:
         return len(self.lens)
-
-    @property
-    def is_uniform(self) -> bool:
-        return self.kept is None
 
     def step(self, n: int, mask: torch.Tensor | None) -> Step:
         """The next n positions of every row.
@@ -151,7 +151,7 @@ class Rows:
         sinks = min(window.sink_blocks, blocks)
         if not window.ring_blocks:
             return sinks, blocks, blocks
-        begin, held = max(0, length - window.residual_tokens + 1), self.exact_from[row]
+        begin, held = max(0, length - window.kept), self.exact_from[row]
         # a block that is only partly held may be named if the window begins behind what it lacks
         first = held // EXACT_BLOCK if begin >= held else -(-held // EXACT_BLOCK)
         return sinks, min(max(sinks, first, begin // EXACT_BLOCK), blocks), blocks
@@ -180,7 +180,7 @@ class Step:
     tokens: torch.Tensor | None
     order: tuple[int, ...]
     query_lens: tuple[int, ...]
-    plans: dict[torch.device, Any] = field(default_factory=dict, repr=False)  # what kernels made of it
+    plans: dict[tuple, Any] = field(default_factory=dict, repr=False)  # what kernels of a shape and device made of it
 
     @classmethod
     def of(cls, before: Rows, n: int, new: torch.Tensor | None) -> Step:
@@ -202,7 +202,7 @@ class Step:
         lens = tuple(have + more for have, more in zip(before.lens, counts, strict=True))
         exact_from = []
         for have, length, held in zip(before.lens, lens, before.exact_from, strict=True):
-            first = max(have, length - max(window.residual_tokens - 1, 0))
+            first = max(have, length - window.kept)
             # what the ring held goes on only if nothing is left out between it and the new tokens
             held = first if first > have or held > have else held
             exact_from.append(max(held, (-(-length // EXACT_BLOCK) - window.ring_blocks) * EXACT_BLOCK))
@@ -211,11 +211,6 @@ class Step:
             pages = max(needed, pages + pages // PAGES_PER_GROWTH)
         after = Rows(window, before.length + n, kept, lens, tuple(exact_from), pages)
         return cls(before, after, n, tokens, rows, tuple(counts[row] for row in rows))
-
-    @staticmethod
-    def first_exact(window: Window, have: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-        """Of tokens have .. length of each row, the ring takes those from here on."""
-        return torch.maximum(have, length - max(window.residual_tokens - 1, 0))
 
     @functools.cached_property
     def host(self) -> dict[str, torch.Tensor]:
@@ -229,7 +224,7 @@ class Step:
         position = torch.arange(int(starts[-1])) - starts[of] + have[of]
         block = position // EXACT_BLOCK
         exact = window.block_ids(rows[of], block) * EXACT_BLOCK + position % EXACT_BLOCK
-        first = self.first_exact(window, have, length)
+        first = torch.maximum(have, length - window.kept)  # of each row, the ring takes new tokens from here on
         wanted = (block < window.sink_blocks) | (position >= first[of])
         sinks, ring, end = torch.tensor([before.exact_blocks(row) for row in self.order]).T[..., None]
         blocks = torch.arange(max(1, pages * SUB_PAGE_TOKENS // EXACT_BLOCK))
