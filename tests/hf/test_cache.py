@@ -13,6 +13,8 @@ from vllm_powerquant import PowerQuantCache
 from vllm_powerquant.attention.cache_format import CacheFormat
 from vllm_powerquant.attention.reference_cache import ReferenceCache
 from vllm_powerquant.errors import PowerQuantConfigError, PowerQuantUnsupportedError
+from vllm_powerquant.hf.graphs import DecodeGraphs
+from vllm_powerquant.hf.sequences import Rows, Window
 
 
 @pytest.fixture
@@ -341,3 +343,33 @@ def test_it_goes_on_outside_of_inference_mode(either):
         with torch.inference_mode() if i != 1 else torch.no_grad():
             got = either(chunk, past_key_values=cache, use_cache=True).logits
         assert torch.equal(got, logits(either, chunk, want))
+
+
+@pytest.mark.parametrize(("residual_tokens", "sink_tokens"), [(128, 4), (17, 0), (0, 9), (1, 4), (0, 0)])
+def test_a_step_of_one_token_follows_from_the_last_ones_tables(residual_tokens, sink_tokens):
+    """What GPUs do instead of working out and copying a step's tables; through crops, chosen rows and padding."""
+    rows = Rows.none(Window(residual_tokens, sink_tokens), 3)
+    mask = torch.ones(3, 30, dtype=torch.bool)
+    mask[0, :11] = mask[2, 4:7] = False
+    rows = rows.step(30, mask).after
+    changes = {
+        40: lambda x: x.crop(33),
+        41: lambda x: x.select([2, 0, 0]),
+        100: lambda x: x.crop(1),
+        170: lambda x: x.crop(140),
+    }
+    graphs, followed = DecodeGraphs(), 0
+    for i in range(200):
+        step = rows.step(1, None)
+        rows = step.after
+        graphs._tables = {name: x.clone() for name, x in step.host.items()}
+        graphs._held = torch.tensor(rows.exact_from)
+        rows = changes.get(i, lambda x: x)(rows)
+        next_step = rows.step(1, None)
+        if rows is step.after and next_step.after.pages == rows.pages:
+            graphs._to_next(step)
+            followed += 1
+            for name, want in next_step.host.items():
+                assert torch.equal(graphs._tables[name], want), (i, name)
+            assert graphs._held.tolist() == list(next_step.after.exact_from)
+    assert followed > 190

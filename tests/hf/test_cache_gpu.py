@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from hf.tiny_models import left_padded, tiny_model, tokens
 from vllm_powerquant import PowerQuantCache, patch, unpatch
+from vllm_powerquant.hf.graphs import LayerGraph
 
 pytestmark = pytest.mark.gpu
 
@@ -89,27 +90,47 @@ def test_float32_is_decoded_into_buffers():
     assert cache.memory_report().path == "dequantized"
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_steps_are_replayed(batch):
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "residual_tokens", "sink_tokens"), [(1, 16, 4), (3, 16, 4), (3, 0, 0), (3, 13, 0), (3, 1, 9)]
+)
+def test_steps_are_replayed(batch, residual_tokens, sink_tokens, padding):
     """Steps of one token run as CUDA graphs; through growth, crops and chosen rows they give what single launches give."""
     model = copy.deepcopy(tiny_model("llama")).to("cuda", torch.bfloat16)
     model.set_attn_implementation("powerquant")
-    cache, want = PowerQuantCache(model, residual_tokens=16), PowerQuantCache(model, residual_tokens=16)
+    options = {"residual_tokens": residual_tokens, "sink_tokens": sink_tokens}
+    cache, want = PowerQuantCache(model, **options), PowerQuantCache(model, **options)
     prompt = torch.stack(tokens(*[100] * batch))
+    mask = torch.ones(batch, 200, dtype=torch.int64, device="cuda")
+    if padding:
+        for row in range(batch):
+            mask[row, : 7 * (batch - row)] = 0
+
+    def fed(step, c):
+        return logits(model, step, c, attention_mask=mask[:, : c.get_seq_length() + step.shape[1]])
+
     for c in (cache, want):
-        logits(model, prompt, c)
+        fed(prompt, c)
     for i in range(90):
         step = torch.stack(tokens(*[1] * batch, seed=i))
-        got = logits(model, step, cache)
+        # what one context allocates, the next writes to
+        with torch.inference_mode() if i % 20 < 10 else torch.no_grad():
+            got = fed(step, cache)
         for layer in want.layers:
-            layer.graph.seen = layer.graph.recorded = None
-        assert torch.equal(got, logits(model, step, want)), i
+            layer.graph = LayerGraph()
+        assert torch.equal(got, fed(step, want)), i
+        if i:
+            graphs = cache._graphs[cache.layers[0].device]
+            # whether they were made of the step's before, or uploaded
+            for name, want_table in graphs._step.host.items():
+                assert torch.equal(graphs._tables[name].cpu(), want_table), (i, name)
         if i == 40:
             for c in (cache, want):
                 c.crop(-7)
         if i == 60:
             for c in (cache, want):
                 c.reorder_cache(torch.arange(batch - 1, -1, -1, device="cuda"))
+            mask = mask.flip(0)
     assert cache.layers[0].graph.graph is not None and want.layers[0].graph.graph is None
     assert cache.memory_report().table_bytes > 0
     other = copy.deepcopy(cache)

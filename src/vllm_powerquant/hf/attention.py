@@ -23,7 +23,6 @@ from .gradients import refuse_gradients
 _UNSUPPORTED = {"softcap": "a logit soft cap", "s_aux": "learned sink logits", "position_bias": "a position bias"}
 
 
-@torch.compiler.disable
 def powerquant_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -40,6 +39,21 @@ def powerquant_attention(
 
     Raises: PowerQuantUnsupportedError for what packed attention cannot do, by name
     """
+    # torch.compiler.disable costs as much as a kernel's launch each time, where nothing is compiled, too
+    attend = _attention_uncompiled if torch.compiler.is_compiling() else _attention
+    return attend(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     layer = getattr(key, "powerquant_layer", None)
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
@@ -73,7 +87,11 @@ def powerquant_attention(
         )
     padding = None if attention_mask is None else attention_mask.powerquant_padding
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return refuse_gradients(layer.attend(query, key, value, scale, padding), query, key, value), None
+    out = layer.attend(query, key, value, scale, padding)
+    return (refuse_gradients(out, query, key, value) if torch.is_grad_enabled() else out), None
+
+
+_attention_uncompiled = torch.compiler.disable(_attention)
 
 
 @torch.compiler.disable

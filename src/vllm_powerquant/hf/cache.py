@@ -224,7 +224,10 @@ class PowerQuantCache(Cache):
 
     def graphs_on(self, device: torch.device) -> DecodeGraphs:
         """What the layers on a GPU share for their CUDA graphs."""
-        return self._graphs.setdefault(device, DecodeGraphs())
+        graphs = self._graphs.get(device)
+        if graphs is None:
+            graphs = self._graphs[device] = DecodeGraphs()
+        return graphs
 
     def shared(self, rows: Any, key: tuple, make: Callable[[], Any]) -> Any:
         """make(), or what it was for another layer that had the same rows. rows None: none yet."""

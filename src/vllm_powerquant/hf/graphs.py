@@ -1,17 +1,19 @@
 """A decode step's attention on a GPU as one CUDA graph a layer, so that Python does not launch each kernel.
 
-A graph reads and writes fixed addresses. What changes from step to step is copied there: the step's tables once a step for
-all layers, queries, keys and values of each layer. When a layer's pages move (they grow, rows are chosen) its graph is void
-and the next steps run without, until two have found the same pages: then it pays to record another.
+A graph reads and writes fixed addresses. What changes from step to step is copied there: queries, keys and values of each
+layer. The step's tables, which all layers read, follow from the last step's by a graph of their own. When a layer's pages
+have moved its graph is void. If they grew, another is recorded at once; if rows were chosen, which may happen at every step,
+the next steps run without a graph until two have found the same pages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
-from .sequences import MAX_ROW_QUERIES, Step
+from .sequences import EXACT_BLOCK, MAX_ROW_QUERIES, Step
 
 if TYPE_CHECKING:
     from .layer import PackedLayer
@@ -24,6 +26,10 @@ class LayerGraph:
         self.seen: tuple | None = None  # of the last step: what a graph would have read
         self.recorded: tuple | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.is_due = False  # another graph is to be recorded without a step before it
+
+    def pages_grew(self) -> None:
+        self.is_due = self.graph is not None
 
     def __deepcopy__(self, memo) -> LayerGraph:
         return LayerGraph()
@@ -34,63 +40,121 @@ class DecodeGraphs:
 
     def __init__(self) -> None:
         self._tables: dict[str, torch.Tensor] = {}
+        self._held: torch.Tensor | None = None  # [rows] int64: Rows.exact_from, of the rows after the step
         self._step: Step | None = None  # whose tables these are
+        self._advance: torch.cuda.CUDAGraph | None = None  # makes of them the tables of the step that follows
         self._rows: dict[tuple, list[torch.Tensor]] = {}
-        self._pool = None
+        self._pool: tuple[int, int] | None = None
+        self._stream: torch.cuda.Stream | None = None  # the default one cannot be captured
 
     def __deepcopy__(self, memo) -> DecodeGraphs:
         return DecodeGraphs()
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in [*self._tables.values(), *(x for rows in self._rows.values() for x in rows)])
+        held = [] if self._held is None else [self._held]
+        return sum(x.nbytes for x in [*self._tables.values(), *held, *(x for rows in self._rows.values() for x in rows)])
 
     def attend(
         self, layer: PackedLayer, step: Step, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor | None:
-        """PackedLayer.attend's kernels of a step of one token a row: attention, then the token is stored.
+        """PackedLayer.attend's kernels of a step of one token a row: attention, then the token is stored. Without gradients.
 
-        Args:    query [batch, num_heads, head_size]; key, value [batch, num_kv_heads, head_size]
-        Returns: [batch, num_heads, head_size]; None where it pays to launch the kernels one by one, and nothing was done
+        Args:    query [batch, num_heads, 1, head_size]; key, value [batch, num_kv_heads, 1, head_size]
+        Returns: [batch, 1, num_heads, head_size]; None where it pays to launch the kernels one by one, and nothing was done
         """
         exact = layer.exact
         where = (layer.packed.data_ptr(), layer.packed.shape, 0 if exact is None else exact.data_ptr(), query.shape, scale)
         state = layer.graph
-        if state.recorded != where and state.seen != where:
+        if state.recorded != where and state.seen != where and not state.is_due:
             state.seen, state.recorded, state.graph = where, None, None
             return None
-        self._load(step, layer.device)
+        if self._step is not step:
+            self._load(step, layer.device)
         given = (query, key, value)
-        rows = self._rows.get((query.shape, key.shape, query.dtype))
+        shapes = (query.shape, key.shape, query.dtype)
+        rows = self._rows.get(shapes)
         if rows is None:
-            rows = self._rows[query.shape, key.shape, query.dtype] = [torch.empty_like(x) for x in (*given, query)]
+            rows = self._rows[shapes] = self._rows_like(*given)
         torch._foreach_copy_(rows[:3], given)
         if state.recorded != where:
+            state.graph = None  # before another takes memory
             state.graph = self._record(layer, step, rows, scale)
-            state.recorded = where
+            state.seen, state.recorded, state.is_due = where, where, False
         state.graph.replay()
         return rows[3].clone()
 
+    # what is kept may be written to outside of inference mode later
+
+    @torch.inference_mode(False)
+    def _rows_like(self, *given: torch.Tensor) -> list[torch.Tensor]:
+        """What `given` is copied to, and where attention's result goes: [batch, 1, num_heads, head_size]."""
+        query = given[0]
+        rows = []
+        for x in given:
+            # kernels read contiguous rows; where these are, too, equal strides let all be copied by one launch
+            like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+            rows.append(like if like.squeeze(2).is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device))
+        out = torch.empty(query.transpose(1, 2).shape, dtype=query.dtype, device=query.device)
+        return [*rows, out]
+
     def _load(self, step: Step, device: torch.device) -> None:
-        if self._step is step:
-            return
-        host = step.host
+        """Tables and what follows from them, of a step that they are not of."""
+        before, self._step = self._step, step
+        # the next token of rows whose pages did not grow: nothing but numbers changes
+        if self._advance and before and before.after is step.before and before.after.pages == step.after.pages:
+            self._advance.replay()
+        else:
+            self._upload(step, device)
+
+    @torch.inference_mode(False)
+    def _upload(self, step: Step, device: torch.device) -> None:
+        host, held = step.host, torch.tensor(step.after.exact_from)
         if any(name not in self._tables or self._tables[name].shape != x.shape for name, x in host.items()):
             # graphs that read the old ones are void as well: other shapes come of other pages
             self._tables = {name: x.to(device) for name, x in host.items()}
-        else:
-            for name, x in host.items():
-                self._tables[name].copy_(x, non_blocking=True)
-        self._step = step
+            self._held = held.to(device)
+            self._advance = None
+            return
+        if self._advance is None:
+            self._to_next(step)  # so that nothing is loaded or compiled for the first time while it is recorded
+            self._advance = self._recorded(lambda: self._to_next(step))
+        for name, x in host.items():
+            self._tables[name].copy_(x, non_blocking=True)
+        self._held.copy_(held, non_blocking=True)
 
+    def _to_next(self, step: Step) -> None:
+        """From a step's tables on the GPU, those of the one that follows with a token of every row, in their place."""
+        window, tables, held = step.before.window, self._tables, self._held
+        have = tables["seq_lens"].long()
+        rows = torch.arange(len(have), device=have.device)
+        for name, x in window.tables(step.after.pages, rows, have, have + 1, held, rows, have).items():
+            tables[name].copy_(x)
+        # Step.of's rule for one token, which the window takes in unless it is none
+        held.copy_(torch.minimum(held, have) if window.kept else have + 1)
+        torch.maximum(held, (-(-(have + 1) // EXACT_BLOCK) - window.ring_blocks) * EXACT_BLOCK, out=held)
+
+    def _recorded(self, launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._stream = self._stream or torch.cuda.Stream()
+        # torch.cuda.graph would wait for the GPU and give all free memory back, each time
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                launch()
+            finally:
+                graph.capture_end()
+        return graph
+
+    @torch.inference_mode(False)
     def _record(self, layer: PackedLayer, step: Step, rows: list[torch.Tensor], scale: float) -> torch.cuda.CUDAGraph:
         from ..attention.kernels.step import StepPlan
 
-        query, key, value, out = rows
+        query, key, value = (x.squeeze(2) for x in rows[:3])
+        out = rows[3].squeeze(1)
         tables, batch = self._tables, step.before.batch
         exact = layer.exact_blocks()
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         kernels = layer.gpu_kernels(query.shape[1], batch)
         # lengths grow while the graph is replayed, up to what the pages hold
         longest = layer.packed.shape[1] * layer.packed.shape[3]
@@ -123,6 +187,4 @@ class DecodeGraphs:
             )
 
         launch()  # compiles what is not; the same again does no harm
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            launch()
-        return graph
+        return self._recorded(launch)

@@ -86,9 +86,6 @@ class PackedLayer(UpdatedLayer):
 
     # --- what Transformers calls -------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
-    @torch.inference_mode(False)  # what is held may be written to outside of it later
-    @torch.no_grad()
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,16 +94,21 @@ class PackedLayer(UpdatedLayer):
         Returns: keys, values [batch, num_kv_heads, positions, head_size] of the whole sequence; with fused attention the
                  chunk itself, marked for it
         """
-        key_states, value_states = key_states.detach(), value_states.detach()
+        # every microsecond of Python in a decode step counts on a GPU, and these two context managers are several
+        if torch.compiler.is_compiling() or not self.is_initialized or not self.cache.is_fused_for(self):
+            return self._update(key_states, value_states)
+        return self._offer(key_states, value_states)
+
+    @torch.compiler.disable
+    @torch.inference_mode(False)  # what is held may be written to outside of it later
+    @torch.no_grad()
+    def _update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._check(key_states)
         if self.cache.is_fused_for(self):
-            self.cache.offer(self)
-            key_states = key_states.view_as(key_states)
-            key_states.powerquant_layer = self
-            self._keys = self._values = None
-            return key_states, value_states
+            return self._offer(key_states, value_states)
+        self._check(key_states)
+        key_states, value_states = key_states.detach(), value_states.detach()
         step = self.rows.step(key_states.shape[2], self.cache.padding_mask)
         if self._keys is None:
             self._rebuild()
@@ -118,6 +120,15 @@ class PackedLayer(UpdatedLayer):
         self._extend_buffers(step, key_states, value_states)
         self.rows = step.after
         return self.read()
+
+    def _offer(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The chunk itself, for fused attention to come for."""
+        self._check(key_states)
+        self.cache.offer(self)
+        marked = key_states.detach()
+        marked.powerquant_layer = self
+        self._keys = self._values = None
+        return marked, value_states
 
     def _check(self, key_states: torch.Tensor) -> None:
         if key_states.shape[0] != self.rows.batch:
@@ -181,8 +192,6 @@ class PackedLayer(UpdatedLayer):
 
     # --- fused attention ---------------------------------------------------------------------------------------------
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, mask: torch.Tensor | None
     ) -> torch.Tensor:
@@ -192,21 +201,38 @@ class PackedLayer(UpdatedLayer):
                  Rows.step
         Returns: [batch, n, num_heads, head_size]; zeros where there is padding
         """
-        batch, num_heads, n, head_size = query.shape
         if not self.is_offered:
             raise PowerQuantUnsupportedError(
                 "a layer's attention ran twice over one chunk, which packed attention would have stored twice; use another "
                 "attn_implementation for this model"
             )
-        step = self.rows.step(n, mask)
-        self._reserve(step.after.pages)
-        if self.device.type == "cuda" and n == 1 and step.tokens is None:
-            rows = (x.detach().squeeze(2) for x in (query, key, value))
+        step = self.rows.step(query.shape[2], mask)
+        if step.after.pages > self.packed.shape[1]:
+            self._reserve(step.after.pages)
+        out = None
+        if step.n == 1 and step.tokens is None and self.device.type == "cuda":
+            out = self._attend_by_graph(step, query, key, value, scale)
+        if out is None:
+            out = self._attend(step, query, key, value, scale)
+        self.rows, self.is_offered = step.after, False
+        return out
+
+    def _attend_by_graph(
+        self, step: Step, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor | None:
+        """None: not by a graph, and nothing was done."""
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._attend_by_graph(step, query, key, value, scale)
+        if torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
-                out = self.cache.graphs_on(self.device).attend(self, step, *rows, scale)
-            if out is not None:
-                self.rows, self.is_offered = step.after, False
-                return out[:, None]
+                return self._attend_by_graph(step, query, key, value, scale)
+        return self.cache.graphs_on(self.device).attend(self, step, query, key, value, scale)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _attend(self, step: Step, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        batch, num_heads, n, head_size = query.shape
         on = step.on(self.device)
         rows = [_tokens(x.detach(), step) for x in (query, key, value)]
         out = torch.zeros if step.tokens is not None else torch.empty
@@ -221,8 +247,6 @@ class PackedLayer(UpdatedLayer):
             self._write(step, *rows[1:])
         if step.tokens is not None:
             flat[on["tokens"]] = part
-        self.rows = step.after
-        self.is_offered = False
         return out
 
     def _kernels(self, num_heads: int, step: Step):
@@ -265,11 +289,13 @@ class PackedLayer(UpdatedLayer):
             return None
         return ExactBlocks(self.exact, self.window.residual_tokens, self.window.sink_tokens)
 
+    @torch.inference_mode(False)
     def _reserve(self, pages: int) -> None:
         more = pages - self.packed.shape[1]
         if more > 0:
             batch, _, *page = self.packed.shape
             self.packed = torch.cat((self.packed, self.packed.new_zeros(batch, more, *page)), 1)
+            self.graph.pages_grew()
 
     def _write(self, step: Step, key: torch.Tensor, value: torch.Tensor) -> None:
         """Args: key, value [tokens, num_kv_heads, head_size] in the step's order"""

@@ -58,6 +58,59 @@ class Window:
         in_ring = self.sink_blocks + blocks % max(self.ring_blocks, 1)
         return 1 + rows * self.row_blocks + torch.where(blocks < self.sink_blocks, blocks, in_ring)
 
+    def exact_blocks(self, length: torch.Tensor, held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Blocks that are read exactly before a chunk that comes next: below the first number, and from the second to before
+        the third. Of each row.
+
+        Args: length: tokens of a row; held: its ring has tokens from here on; both [rows] int64, as what is returned
+        """
+        blocks = _blocks(length)
+        sinks = blocks.clamp(max=self.sink_blocks)
+        if not self.ring_blocks:
+            return sinks, blocks, blocks
+        begin = (length - self.kept).clamp(min=0)
+        # a block that is only partly held may be named if the window begins behind what it lacks
+        first = torch.where(begin >= held, held // EXACT_BLOCK, _blocks(held))
+        ring = torch.maximum(torch.maximum(sinks, first), begin // EXACT_BLOCK)
+        return sinks, torch.minimum(ring, blocks), blocks
+
+    def tables(
+        self,
+        pages: int,
+        rows: torch.Tensor,
+        have: torch.Tensor,
+        length: torch.Tensor,
+        held: torch.Tensor,
+        of: torch.Tensor,
+        position: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """What kernels read of a step: Step.on without query_start.
+
+        Args: pages: of every row; rows: their indices in the kernels' order; have, length: tokens before and after; held: as
+              for exact_blocks, before; all [rows] int64; of, position [tokens] int64: of each token, which of `rows` it
+              belongs to, and where in it
+        """
+        block = position // EXACT_BLOCK
+        exact = self.block_ids(rows[of], block) * EXACT_BLOCK + position % EXACT_BLOCK
+        # of each row, the ring takes new tokens from here on
+        first = torch.maximum(have, length - self.kept)
+        wanted = (block < self.sink_blocks) | (position >= first[of])
+        sinks, ring, end = (x[:, None] for x in self.exact_blocks(have, held))
+        blocks = torch.arange(max(1, pages * SUB_PAGE_TOKENS // EXACT_BLOCK), device=have.device)
+        is_exact = (blocks < sinks) | (blocks >= ring) & (blocks < end)
+        return {
+            "slots": position + rows[of] * (pages * SUB_PAGE_TOKENS),
+            "exact_slots": torch.where(wanted, exact, -1),
+            "exact_table": torch.where(is_exact, self.block_ids(rows[:, None], blocks), 0).int(),
+            "block_table": (rows[:, None] * pages + torch.arange(max(1, pages), device=have.device)).int(),
+            "seq_lens": length.int(),
+        }
+
+
+def _blocks(tokens):
+    """Exact blocks that so many tokens touch; a number or a tensor."""
+    return -(-tokens // EXACT_BLOCK)
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -143,23 +196,10 @@ class Rows:
         """Where a row's tokens are among its positions."""
         return slice(0, self.length) if self.kept is None else self.kept[row].nonzero().flatten()
 
-    def exact_blocks(self, row: int) -> tuple[int, int, int]:
-        """Blocks of a row that are read exactly before a chunk that comes next: below the first number, and from the second
-        to before the third."""
-        window, length = self.window, self.lens[row]
-        blocks = -(-length // EXACT_BLOCK)
-        sinks = min(window.sink_blocks, blocks)
-        if not window.ring_blocks:
-            return sinks, blocks, blocks
-        begin, held = max(0, length - window.kept), self.exact_from[row]
-        # a block that is only partly held may be named if the window begins behind what it lacks
-        first = held // EXACT_BLOCK if begin >= held else -(-held // EXACT_BLOCK)
-        return sinks, min(max(sinks, first, begin // EXACT_BLOCK), blocks), blocks
-
     def exact_positions(self, row: int) -> torch.Tensor:
         """Of a row's tokens, those that are read exactly before a chunk that comes next: [n] int64, ascending."""
         window, length = self.window, self.lens[row]
-        sinks, ring, _ = self.exact_blocks(row)
+        sinks, ring, _ = window.exact_blocks(torch.tensor(length), torch.tensor(self.exact_from[row]))
         token = torch.arange(length)
         block = token // EXACT_BLOCK
         in_window = (token > length - window.residual_tokens) & ((block < sinks) | (block >= ring))
@@ -204,8 +244,8 @@ class Step:
         for have, length, held in zip(before.lens, lens, before.exact_from, strict=True):
             first = max(have, length - window.kept)
             # what the ring held goes on only if nothing is left out between it and the new tokens
-            held = first if first > have or held > have else held
-            exact_from.append(max(held, (-(-length // EXACT_BLOCK) - window.ring_blocks) * EXACT_BLOCK))
+            held = first if first > have else min(held, have)
+            exact_from.append(max(held, (_blocks(length) - window.ring_blocks) * EXACT_BLOCK))
         pages, needed = before.pages, -(-max(lens, default=0) // SUB_PAGE_TOKENS)
         if needed > pages:
             pages = max(needed, pages + pages // PAGES_PER_GROWTH)
@@ -215,28 +255,15 @@ class Step:
     @functools.cached_property
     def host(self) -> dict[str, torch.Tensor]:
         """What kernels read, still on the CPU; rows in `order`."""
-        before, window, pages = self.before, self.before.window, self.after.pages
         rows = torch.tensor(self.order)
-        have, length = (torch.tensor([x.lens[row] for row in self.order]) for x in (before, self.after))
+        of_rows = (self.before.lens, self.after.lens, self.before.exact_from)
+        have, length, held = (torch.tensor([x[row] for row in self.order]) for x in of_rows)
         lens = length - have
         starts = torch.cat((lens.new_zeros(1), lens.cumsum(0)))
-        of = torch.arange(len(rows)).repeat_interleave(lens)  # the row of each token
+        of = torch.arange(len(rows)).repeat_interleave(lens)
         position = torch.arange(int(starts[-1])) - starts[of] + have[of]
-        block = position // EXACT_BLOCK
-        exact = window.block_ids(rows[of], block) * EXACT_BLOCK + position % EXACT_BLOCK
-        first = torch.maximum(have, length - window.kept)  # of each row, the ring takes new tokens from here on
-        wanted = (block < window.sink_blocks) | (position >= first[of])
-        sinks, ring, end = torch.tensor([before.exact_blocks(row) for row in self.order]).T[..., None]
-        blocks = torch.arange(max(1, pages * SUB_PAGE_TOKENS // EXACT_BLOCK))
-        is_exact = (blocks < sinks) | (blocks >= ring) & (blocks < end)
-        host = {
-            "slots": position + rows[of] * (pages * SUB_PAGE_TOKENS),
-            "exact_slots": torch.where(wanted, exact, -1),
-            "exact_table": torch.where(is_exact, window.block_ids(rows[:, None], blocks), 0).int(),
-            "block_table": (rows[:, None] * pages + torch.arange(max(1, pages))).int(),
-            "query_start": starts.int(),
-            "seq_lens": length.int(),
-        }
+        host = self.before.window.tables(self.after.pages, rows, have, length, held, of, position)
+        host["query_start"] = starts.int()
         if self.tokens is not None:
             host["tokens"] = self.tokens
         return host
