@@ -9,6 +9,7 @@ import torch
 
 from vllm_powerquant import Codec, Engine
 from vllm_powerquant.compat.turboquant import TurboQuantMSE
+from vllm_powerquant.sparse.protocols import Prompt
 
 pytestmark = pytest.mark.gpu
 
@@ -44,7 +45,9 @@ def test_answers(engine):
     assert engine.generate(PROMPT, **GREEDY).startswith(" Paris")
     stream = engine.generate_stream(PROMPT, **GREEDY)
     assert "".join(stream) == stream.result.text == engine.generate(PROMPT, **GREEDY)
-    assert "Paris" in engine.chat([{"role": "user", "content": "What is the capital of France?"}], **GREEDY)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = engine._backend.encode(Prompt(messages=messages))
+    assert engine.chat(messages, **GREEDY) == engine.generate(ids, **GREEDY) != ""
     texts = [engine.generate("Hello", seed=seed, temperature=1.0, max_tokens=8) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
@@ -89,9 +92,11 @@ def powerquant(*arguments: str, text: str | None = None) -> str:
 
 
 def test_verbs():
-    result = json.loads(powerquant("generate", PROMPT, "--json", "--greedy", "--max-tokens", "8", "--backend", "transformers"))
+    result = json.loads(
+        powerquant("generate", PROMPT, "--json", "--greedy", "--max-tokens", "8", "--backend", "transformers")
+    )
     assert result["gpu_memory_peak"] > 0 and result["text"].startswith(" Paris")
     compared = json.loads(powerquant("compare", "--json", "--max-tokens", "16"))
     assert 0 < compared["kl"] < 0.2
     assert "cuda" in powerquant("doctor").lower()
-    assert "Paris" in powerquant("chat", "--backend", "transformers", text="What is the capital of France?\n")
+    assert "France" in powerquant("chat", "--backend", "transformers", text="Say: the capital of France.\n")

@@ -3,6 +3,7 @@
 import copy
 import gc
 import re
+import weakref
 
 import pytest
 import torch
@@ -292,7 +293,7 @@ def test_a_mask_is_of_one_call(either):
     ids, mask = left_padded(tokens(40, 20))
     cache = PowerQuantCache(either)
     logits(either, ids, cache, attention_mask=mask)
-    assert cache.padding_mask is None
+    assert cache.common.padding_mask is None
     with torch.no_grad():
         either(ids[:, :1], torch.cat((mask, torch.ones(2, 1)), 1), None, cache)
         assert cache.layers[0].rows.lens == (41, 21)
@@ -343,6 +344,28 @@ def test_it_goes_on_outside_of_inference_mode(either):
         with torch.inference_mode() if i != 1 else torch.no_grad():
             got = either(chunk, past_key_values=cache, use_cache=True).logits
         assert torch.equal(got, logits(either, chunk, want))
+
+
+def test_memory_is_free_as_soon_as_nobody_holds_the_cache(either):
+    """Not when Python next looks for cycles, which on a GPU may be after memory has run out."""
+    cache = PowerQuantCache(either)
+    held = []
+    gc.disable()
+    try:
+        for n in (90, 1, 1, 9):
+            logits(either, torch.stack(tokens(n, n)), cache, attention_mask=torch.ones(2, cache.get_seq_length() + n))
+        cache.crop(-3)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        logits(either, torch.stack(tokens(1, 1)), cache)
+        for layer in cache.layers:
+            steps = [step for *_, step in layer.rows._steps]
+            held += [weakref.ref(x) for x in (layer.packed, layer.exact, layer.rows, *steps)]
+        copied = copy.deepcopy(cache)
+        held += [weakref.ref(layer.packed) for layer in copied.layers]
+        del cache, layer, copied, steps
+        assert not any(x() is not None for x in held)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("residual_tokens", "sink_tokens"), [(128, 4), (17, 0), (0, 9), (1, 4), (0, 0)])

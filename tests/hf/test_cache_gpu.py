@@ -120,7 +120,7 @@ def test_steps_are_replayed(batch, residual_tokens, sink_tokens, padding):
             layer.graph = LayerGraph()
         assert torch.equal(got, fed(step, want)), i
         if i:
-            graphs = cache._graphs[cache.layers[0].device]
+            graphs = cache.common.graphs_on(cache.layers[0].device)
             # whether they were made of the step's before, or uploaded
             for name, want_table in graphs._step.host.items():
                 assert torch.equal(graphs._tables[name].cpu(), want_table), (i, name)

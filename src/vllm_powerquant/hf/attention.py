@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import PowerQuantUnsupportedError
-from .cache import FUSED
+from .common import FUSED
 from .gradients import refuse_gradients
 
 # what packed attention would have to do otherwise; each is an argument that models pass to their attention

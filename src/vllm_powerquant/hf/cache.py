@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from ..attention.cache_format import SCALAR, CacheFormat
+from ..attention.cache_format import SCALAR
 from ..calibration import head_size_of, load_calibration
 from ..config import PowerQuantConfig
 from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
+from .common import Common
 from .gradients import refuse_gradients
-from .graphs import DecodeGraphs
 from .layer import PackedLayer
 from .sequences import Window
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _ARGUMENTS = "_powerquant_arguments"  # of a model that is watched: the names of forward's
-FUSED = "powerquant"  # the attn_implementation that attends to packed pages
 
 
 @dataclass(frozen=True)
@@ -148,20 +147,16 @@ class PowerQuantCache(Cache):
             protected_layers=protect,
         )
         self.window = Window(residual_tokens, sink_tokens)
-        self.padding_mask: torch.Tensor | None = None
-        self._offered: PackedLayer | None = None
-        self._last: tuple | None = None
-        self._graphs: dict[torch.device, DecodeGraphs] = {}
         if model is None:
             if protected_layers or layer_bits or calibration is not None:
                 raise PowerQuantConfigError(
                     "protected_layers, layer_bits and calibration are of a model's layers; give PowerQuantCache the model"
                 )
-            self._config = _Shared(None)
+            self.common = Common(self.options, None)
             super().__init__(layers=[])
             return
         config, is_model = decoder_config(model)
-        self._config = _Shared(config)
+        self.common = Common(self.options, config)
         layers: list[CacheLayerMixin] = DynamicCache(config=config).layers
         if not layers:
             raise PowerQuantUnsupportedError(f"{type(config).__name__} has no attention layers to cache")
@@ -175,8 +170,8 @@ class PowerQuantCache(Cache):
         for i, layer in enumerate(layers):
             # other kinds (sliding, linear attention, ...) hold a bounded state and stay Transformers' own
             if type(layer) is DynamicLayer and i not in exact:
-                cache_format = self.format_of(head_size_of(layer_config(config, i)), *bits.get(i, ()))
-                layers[i] = PackedLayer(self, cache_format, self.window, None if frames is None else frames[i])
+                cache_format = self.common.format_of(head_size_of(layer_config(config, i)), *bits.get(i, ()))
+                layers[i] = PackedLayer(self.common, cache_format, self.window, None if frames is None else frames[i])
         super().__init__(layers=layers)
         if is_model:
             watch_padding(model)
@@ -185,10 +180,10 @@ class PowerQuantCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append a chunk to a layer: PackedLayer.update."""
-        while len(self.layers) <= layer_idx and self._config.value is None:
-            self.layers.append(PackedLayer(self, None, self.window))
+        while len(self.layers) <= layer_idx and self.common.config is None:
+            self.layers.append(PackedLayer(self.common, None, self.window))
         if self.layers[layer_idx].is_initialized:
-            self._last = None  # no other layer looks for it, and it holds on to the tensors of a step
+            self.common.forget_shared()
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if torch.is_grad_enabled() and isinstance(self.layers[layer_idx], PackedLayer):
             layer = getattr(keys, "powerquant_layer", None)
@@ -196,44 +191,6 @@ class PowerQuantCache(Cache):
             if layer is not None:
                 keys.powerquant_layer = layer
         return keys, values
-
-    # --- what layers share -------------------------------------------------------------------------------------------
-
-    def format_of(self, head_size: int, key_bits: int | None = None, value_bits: int | None = None) -> CacheFormat:
-        """The format of layers of a head size, with bits of their own if given."""
-        if key_bits is None:
-            return CacheFormat.of(self.options, head_size)
-        return CacheFormat(head_size, key_bits, value_bits, self.options.value_codec if value_bits == 2 else SCALAR)
-
-    def is_fused_for(self, layer: PackedLayer) -> bool:
-        """Whether attention will come for the chunk that a layer is given."""
-        if self._config.value is None or self._config.value._attn_implementation != FUSED:
-            return False
-        return layer.device.type == "cpu" or layer.dtype in (torch.float16, torch.bfloat16)
-
-    def offer(self, layer: PackedLayer) -> None:
-        """A layer's chunk was handed to fused attention, which must come for it before the next layer's is."""
-        before, self._offered = self._offered, layer
-        if before is not None and before.is_offered:
-            before.is_offered = False
-            raise PowerQuantUnsupportedError(
-                "attn_implementation is 'powerquant', but a layer's attention did not run through it, so its result would "
-                f"be wrong; use another attn_implementation for this model ({type(self._config.value).__name__})"
-            )
-        layer.is_offered = True
-
-    def graphs_on(self, device: torch.device) -> DecodeGraphs:
-        """What the layers on a GPU share for their CUDA graphs."""
-        graphs = self._graphs.get(device)
-        if graphs is None:
-            graphs = self._graphs[device] = DecodeGraphs()
-        return graphs
-
-    def shared(self, rows: Any, key: tuple, make: Callable[[], Any]) -> Any:
-        """make(), or what it was for another layer that had the same rows. rows None: none yet."""
-        if self._last is None or self._last[0] is not rows or self._last[1] != key:
-            self._last = (rows, key, make())
-        return self._last[2]
 
     # --- report ------------------------------------------------------------------------------------------------------
 
@@ -252,22 +209,12 @@ class PowerQuantCache(Cache):
             tokens_packed=sum(sum(layer.rows.lens) for layer in packed) - exact,
             tokens_exact=exact,
             layers=layers,
-            table_bytes=sum(layer.table_bytes for layer in layers) + sum(x.nbytes for x in self._graphs.values()),
+            table_bytes=sum(layer.table_bytes for layer in layers) + self.common.graph_bytes,
             **{
                 name: sum(getattr(layer, name) for layer in layers)
                 for name in ("packed_bytes", "exact_bytes", "buffer_bytes", "uncompressed_bytes")
             },
         )
-
-
-class _Shared:
-    """Holds what a deep copy of a cache must share with it: a model's config changes with the model."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __deepcopy__(self, memo) -> _Shared:
-        return self
 
 
 def decoder_config(model: PreTrainedModel | PreTrainedConfig) -> tuple[PreTrainedConfig, bool]:
@@ -376,10 +323,10 @@ def _tell_padding(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) 
     cache = argument(module, args, kwargs, "past_key_values")
     if isinstance(cache, PowerQuantCache):
         mask = argument(module, args, kwargs, "attention_mask")
-        cache.padding_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        cache.common.padding_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
 
 def _forget_padding(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     cache = argument(module, args, kwargs, "past_key_values")
     if isinstance(cache, PowerQuantCache):
-        cache.padding_mask = None
+        cache.common.padding_mask = None

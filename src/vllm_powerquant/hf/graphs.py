@@ -45,6 +45,7 @@ class DecodeGraphs:
         self._advance: torch.cuda.CUDAGraph | None = None  # makes of them the tables of the step that follows
         self._rows: dict[tuple, list[torch.Tensor]] = {}
         self._pool: tuple[int, int] | None = None
+        self._keeper: torch.cuda.CUDAGraph | None = None  # PyTorch refuses a pool whose graphs are all gone
         self._stream: torch.cuda.Stream | None = None  # the default one cannot be captured
 
     def __deepcopy__(self, memo) -> DecodeGraphs:
@@ -70,7 +71,7 @@ class DecodeGraphs:
             state.seen, state.recorded, state.graph = where, None, None
             return None
         if self._step is not step:
-            self._load(step, layer.device)
+            self._load(step, layer)
         given = (query, key, value)
         shapes = (query.shape, key.shape, query.dtype)
         rows = self._rows.get(shapes)
@@ -98,14 +99,14 @@ class DecodeGraphs:
         out = torch.empty(query.transpose(1, 2).shape, dtype=query.dtype, device=query.device)
         return [*rows, out]
 
-    def _load(self, step: Step, device: torch.device) -> None:
+    def _load(self, step: Step, layer: PackedLayer) -> None:
         """Tables and what follows from them, of a step that they are not of."""
-        before, self._step = self._step, step
+        last, self._step = self._step, step
         # the next token of rows whose pages did not grow: nothing but numbers changes
-        if self._advance and before and before.after is step.before and before.after.pages == step.after.pages:
+        if self._advance and last and last.after is layer.rows and last.after.pages == step.after.pages:
             self._advance.replay()
         else:
-            self._upload(step, device)
+            self._upload(step, layer.device)
 
     @torch.inference_mode(False)
     def _upload(self, step: Step, device: torch.device) -> None:
@@ -135,9 +136,10 @@ class DecodeGraphs:
         torch.maximum(held, (-(-(have + 1) // EXACT_BLOCK) - window.ring_blocks) * EXACT_BLOCK, out=held)
 
     def _recorded(self, launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        if self._pool is None:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self._keeper = self._recorded(self._held.neg)
         graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        self._stream = self._stream or torch.cuda.Stream()
         # torch.cuda.graph would wait for the GPU and give all free memory back, each time
         with torch.cuda.stream(self._stream):
             graph.capture_begin(self._pool, capture_error_mode="thread_local")

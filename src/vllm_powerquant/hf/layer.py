@@ -15,12 +15,12 @@ from ..attention.kernels.cpu_kernels import SEGMENT_TOKENS, BatchPlan, CpuKernel
 from ..attention.layout import SUB_PAGE_TOKENS
 from ..attention.rotation import rotation_matrix, unrotate
 from ..errors import PowerQuantUnsupportedError
+from .common import Common
 from .graphs import LayerGraph
 from .sequences import EXACT_BLOCK, MAX_ROW_QUERIES, Rows, Step, Window
 
 if TYPE_CHECKING:
     from ..attention.kernels.gpu_kernels import GpuKernels
-    from .cache import PowerQuantCache
 
 _BUFFER_GROWTH = 256  # tokens by which the buffers of decoded tokens grow, at least
 
@@ -37,18 +37,18 @@ class PackedLayer(UpdatedLayer):
     positions, head_size] of the model's dtype, in which a token is exact until it leaves the window and then what its packed
     slot decodes to; so they take more memory than an uncompressed cache, and give the same answers.
 
-    Args: cache: whose layer this is; cache_format: None where the head size is not known before the first chunk; key_frame
-          [num_kv_heads, 3, head_size] fp32: see reference.in_frame
+    Args: common: of the cache's layers; cache_format: None where the head size is not known before the first chunk;
+          key_frame [num_kv_heads, 3, head_size] fp32: see reference.in_frame
     """
 
     def __init__(
         self,
-        cache: PowerQuantCache,
+        common: Common,
         cache_format: CacheFormat | None,
         window: Window,
         key_frame: torch.Tensor | None = None,
     ) -> None:
-        self.cache, self.format, self.window, self.key_frame = cache, cache_format, window, key_frame
+        self.common, self.format, self.window, self.key_frame = common, cache_format, window, key_frame
         self._forget()
         super().__init__()
 
@@ -62,7 +62,7 @@ class PackedLayer(UpdatedLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         batch, heads, _, head_size = key_states.shape
-        self.format = self.format or self.cache.format_of(head_size)
+        self.format = self.format or self.common.format_of(head_size)
         if value_states.shape != key_states.shape or head_size != self.format.head_size:
             raise PowerQuantUnsupportedError(
                 f"a compressed layer takes keys and values of head size {self.format.head_size}, got keys "
@@ -76,7 +76,7 @@ class PackedLayer(UpdatedLayer):
         if self.key_frame is not None:
             self.key_frame = self.key_frame.to(self.device)
         # one object for all layers: what the first works out for a step, the others find
-        self.rows = self.cache.shared(None, (self.window, batch), lambda: Rows.none(self.window, batch))
+        self.rows = self.common.shared(None, (self.window, batch), lambda: Rows.none(self.window, batch))
         slot_bytes = self.format.layout.slot_bytes
         self.packed = torch.zeros(batch, 0, heads, SUB_PAGE_TOKENS, slot_bytes, dtype=torch.uint8, device=self.device)
         if self.window.row_blocks:
@@ -95,7 +95,7 @@ class PackedLayer(UpdatedLayer):
                  chunk itself, marked for it
         """
         # every microsecond of Python in a decode step counts on a GPU, and these two context managers are several
-        if torch.compiler.is_compiling() or not self.is_initialized or not self.cache.is_fused_for(self):
+        if torch.compiler.is_compiling() or not self.is_initialized or not self.common.is_fused_for(self):
             return self._update(key_states, value_states)
         return self._offer(key_states, value_states)
 
@@ -105,11 +105,11 @@ class PackedLayer(UpdatedLayer):
     def _update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.cache.is_fused_for(self):
+        if self.common.is_fused_for(self):
             return self._offer(key_states, value_states)
         self._check(key_states)
         key_states, value_states = key_states.detach(), value_states.detach()
-        step = self.rows.step(key_states.shape[2], self.cache.padding_mask)
+        step = self.rows.step(key_states.shape[2], self.common.padding_mask)
         if self._keys is None:
             self._rebuild()
         elif self._keys.is_inference():  # as rows that were chosen under inference_mode are
@@ -124,7 +124,7 @@ class PackedLayer(UpdatedLayer):
     def _offer(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The chunk itself, for fused attention to come for."""
         self._check(key_states)
-        self.cache.offer(self)
+        self.common.offer(self)
         marked = key_states.detach()
         marked.powerquant_layer = self
         self._keys = self._values = None
@@ -157,7 +157,7 @@ class PackedLayer(UpdatedLayer):
             return
         length = self.rows.length
         remove = max(0, length - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
-        self.rows = self.cache.shared(self.rows, ("crop", remove), lambda: self.rows.crop(remove))
+        self.rows = self.common.shared(self.rows, ("crop", remove), lambda: self.rows.crop(remove))
         self._decoded_until = [min(x, n) for x, n in zip(self._decoded_until, self.rows.lens, strict=False)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -179,7 +179,7 @@ class PackedLayer(UpdatedLayer):
         if self._keys is not None:
             self._keys, self._values = self._keys[indices], self._values[indices]
             self._decoded_until = [self._decoded_until[i] for i in chosen]
-        self.rows = self.cache.shared(self.rows, ("select", tuple(chosen)), lambda: self.rows.select(chosen))
+        self.rows = self.common.shared(self.rows, ("select", tuple(chosen)), lambda: self.rows.select(chosen))
 
     @property
     def batch_size(self) -> int:
@@ -227,7 +227,7 @@ class PackedLayer(UpdatedLayer):
         if torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
                 return self._attend_by_graph(step, query, key, value, scale)
-        return self.cache.graphs_on(self.device).attend(self, step, query, key, value, scale)
+        return self.common.graphs_on(self.device).attend(self, step, query, key, value, scale)
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -14,7 +14,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from ..attention.rotation import SUPPORTED_HEAD_SIZES
 from ..calibration import head_size_of
 from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
-from .cache import FUSED, PowerQuantCache, argument, argument_names, decoder_config, layer_config, watch_padding
+from .cache import PowerQuantCache, argument, argument_names, decoder_config, layer_config, watch_padding
+from .common import FUSED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

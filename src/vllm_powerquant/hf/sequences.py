@@ -18,9 +18,11 @@ from ..attention.layout import SUB_PAGE_TOKENS
 from ..errors import PowerQuantUnsupportedError
 
 EXACT_BLOCK = 8  # tokens of an exact block
-# pages are added one at a time up to this many, and then in proportion: what is held is never 1 % more than what is used,
-# and a token is copied at most this many times however long the sequence grows
+# Pages are added two at a time (a GPU's graphs are recorded anew each time) up to 256, and then one in 128: from 8,192
+# tokens on what is held is never 1.6 % more than what is used, and a token is copied at most 128 times however long the
+# sequence grows.
 PAGES_PER_GROWTH = 128
+MIN_GROWTH = 2
 # longer chunks are attended by matrix products on a GPU, shorter ones straight from packed pages
 MAX_ROW_QUERIES = 8
 
@@ -248,9 +250,11 @@ class Step:
             exact_from.append(max(held, (_blocks(length) - window.ring_blocks) * EXACT_BLOCK))
         pages, needed = before.pages, -(-max(lens, default=0) // SUB_PAGE_TOKENS)
         if needed > pages:
-            pages = max(needed, pages + pages // PAGES_PER_GROWTH)
+            # a prompt's own pages, exactly; more room only for what grows
+            pages = max(needed, pages + max(MIN_GROWTH, pages // PAGES_PER_GROWTH)) if pages else needed
         after = Rows(window, before.length + n, kept, lens, tuple(exact_from), pages)
-        return cls(before, after, n, tokens, rows, tuple(counts[row] for row in rows))
+        # `before` holds on to the step, so the step must not hold on to it: tensors would wait for Python to look for cycles
+        return cls(replace(before, _steps=[]), after, n, tokens, rows, tuple(counts[row] for row in rows))
 
     @functools.cached_property
     def host(self) -> dict[str, torch.Tensor]:
