@@ -145,12 +145,12 @@ def test_transformers_figures_are_those_of_the_rows():
             rows += csv.DictReader(file)
     page = PAGES["docs/transformers.md"].split("\n## Measured")[1]
 
-    def row(bench: str, cache: str, tokens: int, model: str = "smollm2") -> dict[str, str]:
+    def row(bench: str, cache: str, tokens: int, model: str = "smollm2", batch: int = 1) -> dict[str, str]:
         (found,) = [
             row
             for row in rows
-            if (row["bench"], row["cache"].removesuffix(", K4/V2"), int(row["tokens"]), row["model"])
-            == (bench, cache, tokens, model)
+            if (row["bench"], row["cache"].removesuffix(", K4/V2"), int(row["tokens"]), row["model"], int(row["batch"]))
+            == (bench, cache, tokens, model, batch)
         ]
         return found
 
@@ -162,13 +162,16 @@ def test_transformers_figures_are_those_of_the_rows():
         exact, fused = (row("speed", cache, tokens, model) for cache in ("DynamicCache", "fused"))
         speeds = " | ".join(f"{float(found['value']):.1f} tokens/s" for found in (exact, fused))
         assert f"| {speeds} | {ratio(fused, digits)} |" in page
-    pairs = [
-        [row("speed, no cuDNN", cache, tokens, "qwen3-8b, 8 layers") for tokens in (1024, 32768)]
-        for cache in ("DynamicCache", "fused")
-    ]
-    speeds = " | ".join("; ".join(f"{float(found['value']):.0f}" for found in pair) + " tokens/s" for pair in pairs)
-    short, long = (ratio(found, 2) for found in pairs[1])
-    assert f"| {speeds} | {short.replace(' times', '')}; {long} |" in page
+    for batch, unit, digits in ((1, "tokens/s", (0, 0)), (16, "steps/s", (0, 1))):
+        pairs = [
+            [row("speed, no cuDNN", cache, tokens, "qwen3-8b, 8 layers", batch) for tokens in (1024, 32768)]
+            for cache in ("DynamicCache", "fused")
+        ]
+        speeds = [
+            "; ".join(f"{float(found['value']):.{n}f}" for found, n in zip(pair, digits, strict=True)) for pair in pairs
+        ]
+        short, long = (ratio(found, 2) for found in pairs[1])
+        assert f"| {speeds[0]} {unit} | {speeds[1]} {unit} | {short.replace(' times', '')}; {long} |" in page
     held = row("memory", "fused", 8192)
     assert f"| {int(float(held['value'])) / 2**20:.1f} MiB | {float(held['ratio']):.2f} times less |" in page
     assert f"gave {ratio(row('speed', 'dequantized', 2048), 2)}" in page

@@ -59,8 +59,7 @@ class Engine:
             backend: transformers, vllm, sparse; auto: sparse for a file, for a checkpoint vllm where it is installed and
                 there is an NVIDIA GPU, else transformers
             compress: False: the backend's own cache in the model's own type, to compare with
-            load_in_4bit, load_in_8bit: weights through bitsandbytes (vllm: 4 bits only); untested, it needs a GPU that
-                bitsandbytes runs on
+            load_in_4bit, load_in_8bit: weights through bitsandbytes, which must be installed (vllm: 4 bits only, untested)
             dtype: of the weights, e.g. "bfloat16"; auto: the checkpoint's
             device: of transformers, e.g. "cuda:1"; None: the GPU if there is one
             options: of the cache: key_bits, value_bits, value_codec, residual_tokens, sink_tokens, protected_layers,
