@@ -143,6 +143,7 @@ def test_scales_balance_queries_and_keys():
         (["empty-folder"], "cannot load empty-folder: "),
         (["-o", "missing/x"], "cannot write missing/x: give a file in an existing folder"),
         (["-o", "empty-folder"], "cannot write empty-folder: give a file"),
+        (["-o", "short.txt"], "short.txt is there and is no calibration; give another name, or remove it first"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )

@@ -16,6 +16,7 @@ from vllm_powerquant.engine.text import Detokenizer, StopTexts
 from vllm_powerquant.errors import PowerQuantConfigError, PowerQuantError
 from vllm_powerquant.model import find_gguf, prepare_model
 from vllm_powerquant.quality import read_texts
+from vllm_powerquant.sparse.protocols import Prompt
 
 pytest.importorskip("transformers")
 
@@ -259,6 +260,54 @@ def test_answers_end_at_a_stop_text_the_model_s_end_or_their_length(engine):
     assert longer.finish_reason == "length" and longer.text.startswith(result.text)
 
 
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_conversation_that_goes_on_is_not_read_again(given_up):
+    # in float32 no answer hangs on how sums are rounded, and everything is in the exact window yet
+    options = {"temperature": 0, "max_tokens": 20}
+    with (
+        Engine.from_pretrained(backend="transformers", dtype="float32") as engine,
+        Engine.from_pretrained(backend="transformers", dtype="float32", compress=False) as fresh,
+    ):
+        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        first = engine.chat_stream(messages, **options)
+        text = next(first) if given_up else first.finish().text
+        first.close()
+        fed = list(engine._backend._conversation.ids)
+        assert engine.generate(FRANCE, **GREEDY).startswith(" Paris")  # which is no part of it
+        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "And of Italy?"}]
+        second = engine.chat_with_metrics(messages, **options)
+        assert second.cached_tokens == len(fed) and second.prompt_tokens > len(fed) >= 37
+        asked = engine._backend.encode(Prompt(messages=messages))
+        assert engine._backend._conversation.ids[: second.prompt_tokens] == asked
+        assert second.tokens_compressed == 0 and second.text == fresh.chat(messages, **options)
+        assert f"{second.prompt_tokens} of the prompt ({len(fed)} cached), " in dict(second.rows())["tokens"]
+        # another past, or none that goes on
+        for other in (messages[2:], [{"role": "system", "content": "Be short."}, *messages], messages):
+            assert engine.chat_with_metrics(other, **options).cached_tokens == 0
+
+
+def test_a_conversation_that_failed_is_read_anew(engine, monkeypatch):
+    messages = [{"role": "user", "content": "Hello"}]
+    text, backend = engine.chat(messages, **GREEDY), engine._backend
+    messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "Bye"}]
+    calls = []
+    monkeypatch.setattr(backend, "logits", lambda *args: calls.append(1) or (type(backend).logits(backend, *args), 1 / 0))
+    with pytest.raises(ZeroDivisionError):  # in the middle of an answer, whose token the cache has taken
+        engine.chat(messages, **GREEDY)
+    monkeypatch.undo()
+    assert calls and engine.chat_with_metrics(messages, **GREEDY).cached_tokens == 0
+
+
+def test_extreme_sampling_options_still_sample():
+    logits, generator = torch.tensor([1.0, 3.0, -2.0, 2.9]), torch.Generator().manual_seed(0)
+    seen = torch.tensor([0, 2])
+    for options in ({"temperature": 1e-45}, {"temperature": 1e-300}, {"top_p": 1e-320}, {"temperature": 1e300}):
+        token = sample(logits, Sampling(**{"top_p": 1.0, **options}), seen, generator)
+        assert 0 <= int(token) < 4 and (int(token) == 1 or options["temperature"] == 1e300)
+    for penalty, allowed in ((1e-300, {0}), (1e300, {1, 3})):
+        assert int(sample(logits, Sampling(repetition_penalty=penalty), seen, generator)) in allowed
+
+
 def test_chat_is_the_rendered_template(engine):
     messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello"}]
     text = "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
@@ -280,6 +329,10 @@ def test_chat_is_the_rendered_template(engine):
         (lambda e: e.generate("\ud800"), "a prompt must be text that UTF-8 can hold"),
         (lambda e: e.chat([]), "messages must be a list such as"),
         (lambda e: e.chat("Hello"), "messages must be a list such as"),
+        (
+            lambda e: e.chat([{"role": "user", "content": "a\udcff"}]),
+            r"messages must be text that UTF-8 can hold, got '\\udcff' in them",
+        ),
         (lambda e: e.chat([{"role": "user"}]), "messages must be a list such as"),
         (lambda e: list(e.generate_stream("a", best_of=2)), "unknown sampling option: best_of"),
     ],

@@ -19,6 +19,7 @@ from .attention import reference
 from .attention.rotation import rotate
 from .codebooks.tables import Codebook
 from .errors import PowerQuantConfigError
+from .hf.cache import cache_name
 
 # what is calibrated, tuned and reported on: texts/README.md
 TEXTS = Path(__file__).parent / "texts"
@@ -84,7 +85,7 @@ def make_segment(model: PreTrainedModel, name: str, ids: Sequence[int], prompt_t
     prompt, rest = (torch.tensor(x, device=model.device) for x in (ids[:prompt_tokens], ids[prompt_tokens - 1 :]))
     cache = DynamicCache()
     # the prompt's last token is the first one decoded: its distribution is of the first continuation token
-    model(prompt[None, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(prompt[None, :-1], **{cache_name(model): cache}, use_cache=True, logits_to_keep=1)
     exact = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     logprobs = score(model, cache, rest[:-1], chunk)
     return Segment(name, prompt[:-1], rest, exact, logprobs)
@@ -93,9 +94,9 @@ def make_segment(model: PreTrainedModel, name: str, ids: Sequence[int], prompt_t
 @torch.inference_mode()
 def score(model: PreTrainedModel, cache: Cache, tokens: torch.Tensor, chunk: int) -> torch.Tensor:
     """Log-probabilities [n, vocabulary] fp32 of what follows each of n tokens, fed through the cache in chunks."""
-    rows = []
+    rows, held = [], {cache_name(model): cache}
     for start in range(0, len(tokens), chunk):
-        logits = model(tokens[None, start : start + chunk], past_key_values=cache, use_cache=True).logits
+        logits = model(tokens[None, start : start + chunk], **held, use_cache=True).logits
         rows.append(logits[0].float().log_softmax(-1))
     return torch.cat(rows)
 

@@ -79,6 +79,24 @@ def test_prompt_is_needed_and_must_be_text(capsys, monkeypatch):
     assert end.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("redirected", "words", "says"),
+    [
+        ("<&-", ["generate"], "stdin is closed; give it something to read"),
+        ("<&-", ["chat"], "stdin is closed; give it something to read"),
+        (">/dev/full", ["info"], "cannot write the output: No space left on device"),
+        (">/dev/full", ["generate", "x", "--max-tokens", "2", "--backend", "transformers"], "cannot write the output"),
+        ("", ["generate", "--chat", "a\udcff"], "messages must be text that UTF-8 can hold"),
+    ],
+)
+def test_what_cannot_be_read_or_written_is_one_line(redirected, words, says):
+    command = [os.fsencode(word) for word in (sys.executable, "-m", "vllm_powerquant.cli", *words)]
+    shell = [b"sh", b"-c", b'"$@" ' + redirected.encode(), b"sh", *command]
+    done = subprocess.run(shell, capture_output=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == b""
+    assert done.stderr.decode().count("\n") == 1 and f"powerquant: {says}" in done.stderr.decode()
+
+
 def test_reader_that_leaves_ends_it_without_a_word():
     """`powerquant generate ... | head -1`"""
     command = [sys.executable, "-m", "vllm_powerquant.cli", "generate", "Count: one,", "--stream", "--ignore-eos"]

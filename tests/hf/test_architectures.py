@@ -30,21 +30,22 @@ _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16}
 _HYBRID = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False}
 
 # (name of a config, its options, P: packed or -: not, layer by layer, why attention is not fused or "")
+_SHARED = "-P--" if hasattr(transformers.cache_utils, "DummyLayer") else "-P"
 _NOT_REPLACED = "the model's code does not let its attention be replaced"
 MODELS = {
     "gemma2": ("Gemma2Config", {**_LLAMA_LIKE, "sliding_window": 16}, "-P-P", "attention has a logit soft cap"),
-    # the two that share keys and values have no layer of their own in a cache
+    # two share keys and values: they have no layer of their own in a cache, or, since transformers 5.24, one that holds none
     "gemma3n": (
         "Gemma3nTextConfig",
         {**_LLAMA_LIKE, **_TURNS, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCABULARY,
          "hidden_size_per_layer_input": 16, "laurel_rank": 8, "altup_num_inputs": 2,
          "activation_sparsity_pattern": [0.0] * 4},
-        "-P", "layers share keys and values",
+        _SHARED, "layers share keys and values",
     ),
     # layers of full attention have another head size
     "gemma4": ("Gemma4TextConfig", {**_LLAMA_LIKE, **_GEMMA_4, "num_kv_shared_layers": 0}, "-P-P", ""),
     "gemma4-shared": (
-        "Gemma4TextConfig", {**_LLAMA_LIKE, **_GEMMA_4, "num_kv_shared_layers": 2}, "-P", "layers share keys and values"
+        "Gemma4TextConfig", {**_LLAMA_LIKE, **_GEMMA_4, "num_kv_shared_layers": 2}, _SHARED, "layers share keys and values"
     ),
     "qwen2": ("Qwen2Config", {**_LLAMA_LIKE, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
               "PP--", ""),
@@ -57,7 +58,8 @@ MODELS = {
     "gpt-j": (
         "GPTJConfig",
         {"vocab_size": VOCABULARY, "n_embd": 128, "n_layer": 4, "n_head": 2, "rotary_dim": 32, "eos_token_id": None},
-        "PPPP", _NOT_REPLACED,
+        # newer Transformers have rewritten it
+        "PPPP", "" if transformers.GPTJModel._supports_attention_backend else _NOT_REPLACED,
     ),
     "cohere": ("CohereConfig", _LLAMA_LIKE, "PPPP", ""),
     "mixtral": ("MixtralConfig", {**_LLAMA_LIKE, **_EXPERTS}, "PPPP", ""),

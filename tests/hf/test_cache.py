@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import re
 import weakref
 
@@ -344,6 +345,57 @@ def test_it_goes_on_outside_of_inference_mode(either):
         with torch.inference_mode() if i != 1 else torch.no_grad():
             got = either(chunk, past_key_values=cache, use_cache=True).logits
         assert torch.equal(got, logits(either, chunk, want))
+
+
+def test_a_call_that_did_not_end_is_noticed(either):
+    """Its first layers hold more than the others."""
+    ids, cache = tokens(60)[0][None], PowerQuantCache(either)
+    want = logits(either, ids[:, :20], cache)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    hook = either.model.layers[2].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits(either, ids[:, 20:], cache)
+    hook.remove()
+    with pytest.raises(
+        (PowerQuantUnsupportedError, RuntimeError), match="mask is of 62 positions and .* hold 22|must match"
+    ):
+        logits(either, ids[:, :2], cache)
+    cache.crop(20)
+    again = PowerQuantCache(either)
+    assert torch.equal(logits(either, ids[:, :20], again), want)
+    assert torch.equal(logits(either, ids[:, 20:], cache), logits(either, ids[:, 20:], again))
+
+
+def test_it_is_pickled_with_what_it_holds(either):
+    cache = PowerQuantCache(either, residual_tokens=16)
+    for n in (90, 1):
+        logits(either, tokens(n)[0][None], cache)
+    other = pickle.loads(pickle.dumps(cache))
+    other.common.config = either.config  # a pickled config is another one
+    assert torch.equal(logits(either, tokens(9)[0][None], cache), logits(either, tokens(9)[0][None], other))
+    assert str(other.memory_report()) == str(cache.memory_report())
+
+
+def test_a_mask_may_be_changed_in_place_for_another_sequence(either):
+    """In a cache that was reset, and in copies."""
+    ids, mask = torch.stack(tokens(12, 12)), torch.ones(2, 12, dtype=torch.long)
+    cache = PowerQuantCache(either)
+    copies = [copy.deepcopy(cache) for _ in "ab"]
+    logits(either, ids, cache, attention_mask=mask)
+    later = [copy.deepcopy(cache) for _ in "ab"]
+    longer = torch.ones(2, 13, dtype=torch.long)
+    logits(either, ids[:, :1], later[0], attention_mask=longer)
+    logits(either, ids, copies[0], attention_mask=mask)
+    cache.reset()
+    mask[0, :3] = longer[1, 12:] = 0
+    for other in (cache, copies[1]):
+        logits(either, ids, other, attention_mask=mask)
+        assert other.layers[0].rows.lens == (9, 12)
+    logits(either, ids[:, :1], later[1], attention_mask=longer)
+    assert later[1].layers[0].rows.lens == (13, 12) and later[0].layers[0].rows.lens == (13, 13)
 
 
 def test_memory_is_free_as_soon_as_nobody_holds_the_cache(either):

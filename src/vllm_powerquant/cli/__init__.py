@@ -7,6 +7,7 @@ Each module listed in FAMILIES has add(verbs), which adds its verbs' parsers; wh
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -58,6 +59,8 @@ EXIT_CODES = {
     "141": "nobody reads the output",
 }
 
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
@@ -79,16 +82,29 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         with _sigterm_interrupts():
-            return args.run(args)
+            code = args.run(args)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
     except PowerQuantError as error:
         print(f"powerquant: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # whoever read our output has ended; nor may the interpreter try to write the rest when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it has ended
         return 141
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        _drop_output()
+        print(f"powerquant: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _drop_output() -> None:
+    """Else the interpreter tries to write the rest when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

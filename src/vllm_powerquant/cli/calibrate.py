@@ -24,11 +24,18 @@ def add(verbs: argparse._SubParsersAction) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from ..calibration import calibrate
+    from ..calibration import Calibration, calibrate
 
     folder = args.output.absolute().parent
     if args.output.is_dir() or not os.access(folder, os.W_OK):
         raise PowerQuantConfigError(f"cannot write {args.output}: give a file in an existing folder that you may write to")
+    if args.output.exists() and args.output.stat().st_size:
+        try:
+            Calibration.load(args.output)
+        except PowerQuantConfigError:
+            raise PowerQuantConfigError(
+                f"{args.output} is there and is no calibration; give another name, or remove it first"
+            ) from None
     calibration = calibrate(args.model, args.text, args.tokens, args.runs)
     calibration.save(args.output)
     shape = calibration.shape

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PowerQuantConfigError, PowerQuantError
-from .common import coloured, say
+from .common import coloured, say, stdin_is_terminal
 from .engine_options import EXIT_CODES, add_engine, add_sampling, open_engine, sampling
 
 if TYPE_CHECKING:
@@ -49,8 +49,9 @@ def _chat(args: argparse.Namespace) -> int:
 
     options = sampling(args)
     Sampling.of(options)
+    terminal = stdin_is_terminal()
     with open_engine(args) as engine:
-        if sys.stdin.isatty():
+        if terminal:
             print(f"{engine.model} on backend {engine.backend}. /metrics, /clear, /exit; Ctrl-C ends an answer.")
         return Conversation(engine, args.system, options, args.metrics).run()
 
@@ -66,7 +67,7 @@ class Conversation:
 
     def run(self) -> int:
         """Until the input ends, or exit. Returns the exit code."""
-        terminal = sys.stdin.isatty()
+        terminal = stdin_is_terminal()
         for line in _lines(terminal):
             text = line.strip()
             name = text.removeprefix("/").lower()

@@ -9,11 +9,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from ..errors import PowerQuantConfigError
+
 
 def say(line: str) -> None:
     """A line on stderr; on a terminal in the place of a progress line."""
     over = "\r\x1b[K" if sys.stderr.isatty() else ""
     print(f"{over}powerquant: {line}", file=sys.stderr, flush=True)
+
+
+def stdin_is_terminal() -> bool:
+    """Raises: PowerQuantConfigError if there is no stdin"""
+    if sys.stdin is None:
+        raise PowerQuantConfigError("stdin is closed; give it something to read, e.g. < /dev/null")
+    return sys.stdin.isatty()
 
 
 def progress_lines() -> Callable[[str], None]:

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ..errors import PowerQuantConfigError
-from .common import waiting
+from .common import stdin_is_terminal, waiting
 from .engine_options import EXIT_CODES, add_engine, add_sampling, open_engine, sampling
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def read_prompt(given: str | None) -> str:
     """The argument, or stdin without its last line's end. Raises: PowerQuantConfigError if there is neither"""
     if given is not None and given != "-":
         return given
-    if given is None and sys.stdin.isatty():
+    if stdin_is_terminal() and given is None:
         raise PowerQuantConfigError('give a prompt: powerquant generate "Once upon a time", or on stdin')
     try:
         text = sys.stdin.buffer.read().decode("utf-8")

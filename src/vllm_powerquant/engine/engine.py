@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
@@ -107,6 +108,8 @@ class Engine:
     def chat(self, messages: Sequence[Mapping[str, Any]], **sampling: Any) -> str:
         """Answer a conversation: [{"role": "user", "content": ...}, ...], rendered by the model's template.
 
+        The cache of the last conversation is kept: one that goes on with it is read from there on (`cached_tokens`).
+
         Raises: as generate; PowerQuantConfigError too if the model has no template or it refuses the messages
         """
         return self.chat_with_metrics(messages, **sampling).text
@@ -160,4 +163,10 @@ def _conversation(messages: Any) -> Prompt:
         raise PowerQuantConfigError(
             f'messages must be a list such as [{{"role": "user", "content": "Hello"}}], not empty, got {messages!r:.200}'
         )
+    try:
+        json.dumps(list(messages), ensure_ascii=False, default=repr).encode()
+    except UnicodeEncodeError as error:
+        raise PowerQuantConfigError(
+            f"messages must be text that UTF-8 can hold, got {error.object[error.start : error.end]!r} in them"
+        ) from None
     return Prompt(messages=list(messages))

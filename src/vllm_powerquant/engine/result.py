@@ -22,6 +22,7 @@ class GenerationResult:
     model: str
     finish_reason: str  # stop: the model's end or a stop text; length: max_tokens or the context
     prompt_tokens: int | None
+    cached_tokens: int | None = None  # of the prompt, which an earlier answer had left in the cache
     completion_tokens: int
     seconds: float  # from handing in the prompt to the last token
     seconds_to_first_token: float
@@ -60,10 +61,13 @@ class GenerationResult:
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, figure) of a report, those that the backend tells."""
-        count = self.prompt_tokens
+        count, cached = self.prompt_tokens, f" ({self.cached_tokens} cached)" if self.cached_tokens else ""
         rows = [
             ("model", f"{self.model}, backend {self.backend}"),
-            ("tokens", f"{'' if count is None else f'{count} of the prompt, '}{self.completion_tokens} of the answer"),
+            (
+                "tokens",
+                f"{'' if count is None else f'{count} of the prompt{cached}, '}{self.completion_tokens} of the answer",
+            ),
             ("ended by", {"stop": "the model or a stop text", "length": "its length"}.get(self.finish_reason, "")),
             ("first token", f"{self.seconds_to_first_token:.3f} s"),
             ("decoding", f"{self.tokens_per_second:.1f} tokens/s" if self.tokens_per_second else ""),

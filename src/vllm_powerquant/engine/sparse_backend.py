@@ -71,6 +71,7 @@ class SparseBackend:
             model=self.settings.source.name,
             finish_reason=reason or "length",
             prompt_tokens=None if ids is None else len(ids),
+            cached_tokens=output.num_cached_tokens if output else None,
             completion_tokens=count,
             seconds=seconds,
             seconds_to_first_token=clock.first or seconds,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,14 +26,23 @@ try:
     from transformers.cache_utils import Cache, DynamicCache
 
     from ..hf import MemoryReport, PowerQuantCache, patch, unpatch
+    from ..hf.cache import cache_name
 except ImportError as error:
     raise PowerQuantError(f"backend transformers: {error}; run: pip install 'vllm-powerquant[hf,model]'") from None
 
 _REMEDY = "give a checkpoint's folder or name"
 
 
+@dataclass
+class _Fed:
+    """A cache and the tokens that it was fed."""
+
+    ids: list[int]
+    cache: Cache
+
+
 class TransformersBackend:
-    """A model, its tokenizer, and a new cache for each answer."""
+    """A model, its tokenizer, and a new cache for each answer, but for one that goes on with the last conversation."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -40,6 +50,7 @@ class TransformersBackend:
         self.tokenizer = _load(AutoTokenizer, settings, {})
         self.model = self._load_model()
         self._patched = False
+        self._conversation: _Fed | None = None
         self.use(settings)
         config = self.model.config.get_text_config()
         self.context: int | None = getattr(config, "max_position_embeddings", None)
@@ -49,6 +60,7 @@ class TransformersBackend:
         # prefill makes one row of logits where the model can, not one a prompt token
         takes = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._last_logits = {"logits_to_keep": 1} if takes else {}
+        self._cache_name = cache_name(self.model)
 
     def _load_model(self) -> PreTrainedModel:
         settings = self.settings
@@ -72,6 +84,7 @@ class TransformersBackend:
         if self._patched:
             unpatch(self.model)
             self._patched = False
+        self._conversation = None
         self.settings = settings
         if settings.compress:
             options = cache_options(settings)
@@ -92,6 +105,7 @@ class TransformersBackend:
     ) -> Generator[str, None, GenerationResult]:
         """Args: see: is given the logits [vocabulary] fp32 of each token"""
         ids = self.encode(prompt)
+        is_chat = prompt.messages is not None
         limit = sampling.max_tokens
         if self.context is not None:
             if len(ids) >= self.context:
@@ -101,23 +115,30 @@ class TransformersBackend:
                 )
             limit = min(limit, self.context - len(ids))
         before = _gpu_memory(self.device, reset_peak=True)
-        clock, cache = Stopwatch(), self.new_cache()
+        clock, fed = Stopwatch(), self._resumed(ids) if is_chat else _Fed([], self.new_cache())
+        held = len(fed.ids)
         pieces, stops = self._detokenizer(), StopTexts(sampling.stop)
         text, count, reason = [], 0, "length"
-        for token in self._tokens(ids, sampling, cache, limit, see):
-            clock.token()
-            count += 1
-            if token in self.ends and not sampling.ignore_eos:
-                reason = "stop"
-                break
-            piece = stops.add(pieces.add(token))
-            if piece:
-                text.append(piece)
-                yield from clock.handing_over(piece)
-            if stops.found:
-                reason = "stop"
-                break
+        tokens = self._tokens(ids, sampling, fed, limit, see)
+        try:
+            for token in tokens:
+                clock.token()
+                count += 1
+                if token in self.ends and not sampling.ignore_eos:
+                    reason = "stop"
+                    break
+                piece = stops.add(pieces.add(token))
+                if piece:
+                    text.append(piece)
+                    yield from clock.handing_over(piece)
+                if stops.found:
+                    reason = "stop"
+                    break
+        except GeneratorExit:  # who reads left; the conversation may go on
+            self._keep(fed, is_chat)
+            raise
         seconds = clock.seconds
+        self._keep(fed, is_chat)
         if not stops.found:
             rest = stops.add(pieces.flush()) + stops.flush()
             if rest:
@@ -131,20 +152,32 @@ class TransformersBackend:
             model=self.settings.source.name,
             finish_reason=reason,
             prompt_tokens=len(ids),
+            cached_tokens=held,
             completion_tokens=count,
             seconds=seconds,
             seconds_to_first_token=clock.first or seconds,
             gpu_memory_before=before and before[0],
             gpu_memory_peak=memory and memory[1],
             gpu_memory_after=memory and memory[0],
-            **cache_figures(cache),
+            **cache_figures(fed.cache),
         )
 
     def batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[GenerationResult]:
         return [drained(self.stream(prompt, sampling)) for prompt in prompts]
 
+    def _resumed(self, ids: list[int]) -> _Fed:
+        """The last conversation's cache where `ids` go on with it, else a new one. No other answer gets the same."""
+        fed, self._conversation = self._conversation, None
+        if fed is not None and len(fed.ids) < len(ids) and ids[: len(fed.ids)] == fed.ids:
+            return fed
+        return _Fed([], self.new_cache())
+
+    def _keep(self, fed: _Fed, is_chat: bool) -> None:
+        if is_chat and self.model is not None:
+            self._conversation = fed
+
     def close(self) -> None:
-        self.model = self.tokenizer = None
+        self.model = self.tokenizer = self._conversation = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -173,7 +206,7 @@ class TransformersBackend:
         self,
         ids: list[int],
         sampling: Sampling,
-        cache: Cache,
+        fed: _Fed,
         limit: int,
         see: Callable[[torch.Tensor], None] | None,
     ) -> Iterator[int]:
@@ -181,22 +214,25 @@ class TransformersBackend:
         if sampling.seed is not None:
             generator = torch.Generator(self.device).manual_seed(sampling.seed)
         seen = torch.tensor(ids, device=self.device)
-        feed = seen
+        new = ids[len(fed.ids) :]
+        feed = seen[len(fed.ids) :]
         for left in range(limit, 0, -1):
-            logits = self.logits(feed, cache)[-1]
+            logits = self.logits(feed, fed.cache)[-1]
+            fed.ids += new
             if see is not None:
                 see(logits)
             token = sample(logits, sampling, seen, generator)
-            yield int(token)
-            if left > 1:
-                feed, seen = token[None], torch.cat((seen, token[None])) if sampling.repetition_penalty != 1 else seen
+            new, feed = [int(token)], token[None]
+            yield new[0]
+            if left > 1 and sampling.repetition_penalty != 1:
+                seen = torch.cat((seen, token[None]))
 
     @torch.inference_mode()
     def logits(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Feed tokens [n] int64 -> logits [1 or n, vocabulary] fp32 of what follows the last of them."""
         if self.model is None:
             raise PowerQuantError("this Engine was closed while it answered")
-        out = self.model(tokens[None], past_key_values=cache, use_cache=True, **self._last_logits)
+        out = self.model(tokens[None], use_cache=True, **{self._cache_name: cache}, **self._last_logits)
         return out.logits[0].float()
 
 
@@ -265,10 +301,13 @@ def sample(
     if sampling.repetition_penalty != 1:
         old = logits[seen]
         logits = logits.clone()
-        logits[seen] = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
+        changed = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
+        most = torch.finfo(logits.dtype).max
+        logits[seen] = changed.clamp(-most, most)
     if sampling.greedy:
         return logits.argmax()
-    logits = logits / sampling.temperature
+    # the greatest is 0, so that however small the temperature nothing becomes infinite but what is never taken
+    logits = (logits - logits.max()) / max(sampling.temperature, torch.finfo(logits.dtype).tiny)
     if sampling.min_p > 0:
         probabilities = logits.softmax(-1)
         logits = logits.masked_fill(probabilities < sampling.min_p * probabilities.max(), float("-inf"))
@@ -277,7 +316,9 @@ def sample(
     if sampling.top_p < 1:
         probabilities, order = logits.softmax(-1).sort(descending=True)
         # a token is kept while those before it have less than top_p together
-        dropped = order[probabilities.cumsum(-1) - probabilities >= sampling.top_p]
+        is_dropped = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        is_dropped[0] = False  # also where top_p is 0 in float32
+        dropped = order[is_dropped]
         logits = logits.index_fill(0, dropped, float("-inf"))
     return logits.softmax(-1).multinomial(1, generator=generator)[0]
 

@@ -166,6 +166,7 @@ class VllmBackend:
             model=self.settings.source.name,
             finish_reason=reason,
             prompt_tokens=len(output.prompt_token_ids),
+            cached_tokens=output.num_cached_tokens,
             completion_tokens=count,
             seconds=seconds,
             seconds_to_first_token=clock.first or seconds,

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _ARGUMENTS = "_powerquant_arguments"  # of a model that is watched: the names of forward's
+# what a model's forward and generate call the cache: since transformers 5.24, and before
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class PowerQuantCache(Cache):
               packed. With a model, attention masks are seen, so that padding is never stored and each row's first tokens are
               its sinks; with a config that is so with fused attention only, and with neither padding counts as tokens
           key_bits, value_bits: 2, 3, 4 or 8; value_codec: "scalar" or, for 2-bit values, "trellis" (a fifth less error)
-          residual_tokens: newest tokens kept exact; sink_tokens: first tokens kept exact
+          residual_tokens: newest tokens kept exact, up to 4,096; sink_tokens: first tokens kept exact, up to 16
           protected_layers: so many first and as many last layers stay exact; or a list of layers, negative from the end
           calibration: what `powerquant calibrate` wrote for this model: keys are packed centred and scaled
           layer_bits: (key_bits, value_bits) of layers that have others, by index, negative from the end
@@ -138,6 +140,10 @@ class PowerQuantCache(Cache):
         layer_bits: dict[int, tuple[int, int]] | None = None,
     ) -> None:
         protect = protected_layers if isinstance(protected_layers, int) else 0
+        # the limit that layouts share; under vLLM it is that of another option
+        most = PowerQuantConfig().residual_block_size
+        if isinstance(sink_tokens, int) and not 0 <= sink_tokens <= most:
+            raise PowerQuantConfigError(f"sink_tokens must be 0 to {most}, got {sink_tokens}")
         self.options = PowerQuantConfig(
             key_bits=key_bits,
             value_bits=value_bits,
@@ -319,14 +325,27 @@ def argument(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], name: 
     return args[names.index(name)] if name in names else kwargs.get(name)
 
 
+def cache_name(model: PreTrainedModel) -> str:
+    """The name by which the model's forward takes a cache."""
+    names = getattr(model, _ARGUMENTS, None) or inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[-1])
+
+
+def cache_given(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What forward is called with for a cache, by either name or by position; None: nothing. The model is watched."""
+    # a model that has the new name takes the old one, too
+    given = [argument(model, args, kwargs, name) for name in CACHE_NAMES]
+    return next((cache for cache in given if cache is not None), None)
+
+
 def _tell_padding(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    cache = argument(module, args, kwargs, "past_key_values")
+    cache = cache_given(module, args, kwargs)
     if isinstance(cache, PowerQuantCache):
         mask = argument(module, args, kwargs, "attention_mask")
         cache.common.padding_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
 
 def _forget_padding(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    cache = argument(module, args, kwargs, "past_key_values")
+    cache = cache_given(module, args, kwargs)
     if isinstance(cache, PowerQuantCache):
         cache.common.padding_mask = None

@@ -45,6 +45,14 @@ class Common:
         other.padding_mask = copy.deepcopy(self.padding_mask, memo)
         return other
 
+    def __getstate__(self) -> dict[str, Any]:
+        # what is left out belongs to a step or to a process
+        return {"options": self.options, "config": self.config, "padding_mask": self.padding_mask}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["options"], state["config"])
+        self.padding_mask = state["padding_mask"]
+
     def format_of(self, head_size: int, key_bits: int | None = None, value_bits: int | None = None) -> CacheFormat:
         """The format of layers of a head size, with bits of their own if given."""
         if key_bits is None:

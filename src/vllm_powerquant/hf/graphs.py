@@ -31,8 +31,8 @@ class LayerGraph:
     def pages_grew(self) -> None:
         self.is_due = self.graph is not None
 
-    def __deepcopy__(self, memo) -> LayerGraph:
-        return LayerGraph()
+    def __reduce__(self) -> tuple[type, tuple]:
+        return LayerGraph, ()
 
 
 class DecodeGraphs:
@@ -47,9 +47,6 @@ class DecodeGraphs:
         self._pool: tuple[int, int] | None = None
         self._keeper: torch.cuda.CUDAGraph | None = None  # PyTorch refuses a pool whose graphs are all gone
         self._stream: torch.cuda.Stream | None = None  # the default one cannot be captured
-
-    def __deepcopy__(self, memo) -> DecodeGraphs:
-        return DecodeGraphs()
 
     @property
     def nbytes(self) -> int:

@@ -147,6 +147,7 @@ class PackedLayer(UpdatedLayer):
 
     def reset(self) -> None:
         self._forget()
+        self.common.forget_shared()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -tokens_to_remove positions; a positive number is the length to keep, as Transformers has it.

@@ -14,7 +14,17 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from ..attention.rotation import SUPPORTED_HEAD_SIZES
 from ..calibration import head_size_of
 from ..errors import PowerQuantConfigError, PowerQuantUnsupportedError
-from .cache import PowerQuantCache, argument, argument_names, decoder_config, layer_config, watch_padding
+from .cache import (
+    CACHE_NAMES,
+    PowerQuantCache,
+    argument,
+    argument_names,
+    cache_given,
+    cache_name,
+    decoder_config,
+    layer_config,
+    watch_padding,
+)
 from .common import FUSED
 
 if TYPE_CHECKING:
@@ -116,7 +126,8 @@ def _why_not(config: PreTrainedConfig, layer: int) -> str | None:
 def _own_cache(model: PreTrainedModel) -> str | None:
     """The cache class of a model's own (MiniMax's) that its code asks for."""
     for module in model.modules():
-        hint = getattr(type(module).forward, "__annotations__", {}).get("past_key_values")
+        hints = getattr(type(module).forward, "__annotations__", {})
+        hint = next((hints[name] for name in CACHE_NAMES if name in hints), None)
         for kind in typing.get_args(hint) or (hint,):
             if isinstance(kind, type) and issubclass(kind, Cache) and kind.__module__ != Cache.__module__:
                 return kind.__name__
@@ -135,8 +146,8 @@ def _kind(layer: CacheLayerMixin | Any) -> tuple[str, str | None]:
 def patch(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
     """From now on the model's `generate`, and `forward` with use_cache, hold a PowerQuantCache and attend to it packed.
 
-    A cache that is given (`past_key_values=`) is used as it is. Where fused attention cannot be used (check_model says why)
-    the model keeps its own, and the cache decodes for it.
+    A cache that is given (`past_key_values=`, `cache=` since transformers 5.24) is used as it is. Where fused attention
+    cannot be used (check_model says why) the model keeps its own, and the cache decodes for it.
 
     Args:    options: PowerQuantCache's
     Returns: the model
@@ -187,19 +198,20 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
 
 def _prepare_cache(prepare, make, generation_config, model_kwargs, *args, **kwargs) -> None:
     """In place of the model's own method, which puts a cache into model_kwargs."""
-    had = model_kwargs.get("past_key_values") is not None
+    had = any(model_kwargs.get(name) is not None for name in CACHE_NAMES)
     prepare(generation_config, model_kwargs, *args, **kwargs)
-    cache = model_kwargs.get("past_key_values")
-    if had or cache is None:
+    name = next((name for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)
+    if had or name is None:
         return
+    cache = model_kwargs[name]
     if type(cache) is not DynamicCache or cache.offloading:
         raise PowerQuantUnsupportedError(
             "this model is patched to hold a PowerQuantCache, got cache_implementation="
             f"{generation_config.cache_implementation!r}; leave it out, or unpatch(model)"
         )
-    model_kwargs["past_key_values"] = make()
+    model_kwargs[name] = make()
     if generation_config.is_assistant:
-        model_kwargs["past_key_values"].activate_past_recording()  # tokens will be taken back
+        model_kwargs[name].activate_past_recording()  # tokens will be taken back
 
 
 def _give_cache(make, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -207,11 +219,10 @@ def _give_cache(make, module: torch.nn.Module, args: tuple, kwargs: dict[str, An
     use_cache = argument(module, args, kwargs, "use_cache")
     if use_cache is None:
         use_cache = getattr(decoder_config(module)[0], "use_cache", False)
-    given = argument(module, args, kwargs, "past_key_values")
-    if not use_cache or given is not None or (module.training and torch.is_grad_enabled()):
+    if not use_cache or cache_given(module, args, kwargs) is not None or (module.training and torch.is_grad_enabled()):
         return None
-    names = argument_names(module, args)
-    if "past_key_values" in names:
-        at = names.index("past_key_values")
+    names, name = argument_names(module, args), cache_name(module)
+    if name in names:
+        at = names.index(name)
         return (*args[:at], make(), *args[at + 1 :]), kwargs
-    return args, {**kwargs, "past_key_values": make()}
+    return args, {**{key: value for key, value in kwargs.items() if key not in CACHE_NAMES}, name: make()}

@@ -130,8 +130,13 @@ class Rows:
     pages: int
     _steps: list[tuple] = field(default_factory=list, repr=False)  # the last one asked for
 
-    def __deepcopy__(self, memo) -> Rows:
-        return self  # never changed
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rows:
+        # nothing else is ever changed; a copy's masks may be other ones in the same memory
+        other = memo[id(self)] = replace(self, _steps=[])
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_steps": []}
 
     @classmethod
     def none(cls, window: Window, batch: int) -> Rows:
