@@ -1,5 +1,6 @@
 """Calibration files, and the command that makes them from a real model."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -143,6 +144,7 @@ def test_scales_balance_queries_and_keys():
         (["empty-folder"], "cannot load empty-folder: "),
         (["-o", "missing/x"], "cannot write missing/x: give a file in an existing folder"),
         (["-o", "empty-folder"], "cannot write empty-folder: give a file"),
+        (["-o", "fifo"], "cannot write fifo: give a file"),
         (["-o", "short.txt"], "short.txt is there and is no calibration; give another name, or remove it first"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
@@ -152,6 +154,7 @@ def test_what_cannot_be_calibrated_is_refused_in_one_line(arguments, words, tmp_
     (tmp_path / "short.txt").write_text("Too little.")
     (tmp_path / "latin.txt").write_bytes(b"\x61\xe4")
     (tmp_path / "empty-folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
     assert cli.main(["calibrate", "-o", "x", *arguments]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("powerquant: ") and words in message

@@ -298,6 +298,15 @@ def test_a_conversation_that_failed_is_read_anew(engine, monkeypatch):
     assert calls and engine.chat_with_metrics(messages, **GREEDY).cached_tokens == 0
 
 
+def test_a_cache_without_compressed_layers_says_so(engine):
+    with Engine.from_pretrained(backend="transformers", protected_layers=15) as all_exact:
+        result = all_exact.generate_with_metrics(FRANCE, **GREEDY)
+    assert (result.attention, result.tokens_compressed, result.tokens_exact) == ("exact", 0, 5 + 12 - 1)
+    assert result.compression_ratio == 1
+    with pytest.raises(PowerQuantConfigError, match="unknown option of backend transformers: residual_block_size"):
+        Engine.from_pretrained(backend="transformers", residual_block_size=8)
+
+
 def test_extreme_sampling_options_still_sample():
     logits, generator = torch.tensor([1.0, 3.0, -2.0, 2.9]), torch.Generator().manual_seed(0)
     seen = torch.tensor([0, 2])

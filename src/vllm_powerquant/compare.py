@@ -117,7 +117,8 @@ def compare(
 
 def _prompt(backend: TransformersBackend, prompt: str | None, count: int, chat: bool) -> Prompt:
     if prompt is not None:
-        return Prompt(messages=[{"role": "user", "content": prompt}]) if chat else Prompt(text=prompt)
+        text = Prompt.of(prompt)
+        return Prompt(messages=[{"role": "user", "content": prompt}]) if chat else text
     if chat:
         raise PowerQuantConfigError("--chat needs a prompt; the built-in text is no message")
     text = quality.read_texts()["prose"]

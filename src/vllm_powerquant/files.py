@@ -1,5 +1,6 @@
 """Writing files that are whole or not there, and folders that one run has for itself."""
 
+import errno
 import fcntl
 import os
 import tempfile
@@ -14,8 +15,12 @@ from .errors import PowerQuantConfigError
 def whole_file(path: Path) -> Iterator[Path]:
     """A file beside `path` to write to, which takes its name when the block ends, with the permissions of any new file.
 
-    If the block raises, it is removed and `path` is what it was. Raises: OSError
+    If the block raises, it is removed and `path` is what it was. A link's target is what is written. Raises: OSError, also
+    for what is there and is no file
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "there is something that is no regular file", str(path))
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(descriptor)
     unfinished = Path(name)

@@ -67,14 +67,19 @@ def prepare_model(name: str = DEFAULT_MODEL) -> Path:
     first to finish puts its folder in place.
 
     Raises: PowerQuantConfigError if the GGUF is missing or damaged; PowerQuantUnsupportedError for a GGUF of
-        another architecture or tokenizer; PowerQuantError if a package is missing.
+        another architecture or tokenizer; PowerQuantError if a package is missing, or the folder can't be written.
     """
     gguf_path = find_gguf(name)
     target = checkpoint_folder(gguf_path)
     if (target / "config.json").is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise PowerQuantError(
+            f"cannot write to {target.parent}: {error.strerror}; name a folder that you may write to in POWERQUANT_CACHE_DIR"
+        ) from None
     try:
         convert_gguf(gguf_path, partial)
         partial.chmod(0o755)

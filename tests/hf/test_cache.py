@@ -208,7 +208,8 @@ def test_layers_may_have_other_bits_and_stay_exact(llama):
         ({"key_bits": 5}, "key_bits must be 2, 3, 4 or 8, got 5"),
         ({"value_codec": "x"}, "value_codec must be scalar or trellis, got 'x'"),
         ({"residual_tokens": -1}, "residual_tokens must be 0 to 4096, got -1"),
-        ({"sink_tokens": 17}, "sink_tokens must be"),
+        ({"sink_tokens": 17}, "sink_tokens must be 0 to 16, got 17"),
+        ({"value_codec": "trellis", "value_bits": 4}, "value_codec trellis is for value_bits 2, got value_bits 4"),
         ({"protected_layers": 3}, "protected_layers must be at most half of 4 layers, got 3"),
         ({"protected_layers": [4]}, "protected_layers must name layers from -4 to 3, got 4"),
         ({"layer_bits": {7: (4, 2)}}, "layer_bits must name layers from -4 to 3, got 7"),
@@ -367,6 +368,29 @@ def test_a_call_that_did_not_end_is_noticed(either):
     again = PowerQuantCache(either)
     assert torch.equal(logits(either, ids[:, :20], again), want)
     assert torch.equal(logits(either, ids[:, 20:], cache), logits(either, ids[:, 20:], again))
+
+
+def test_a_refusal_is_of_one_call(llama):
+    llama.set_attn_implementation("powerquant")
+    cache, mask = PowerQuantCache(llama), torch.ones(1, 21, dtype=torch.long)
+    logits(llama, tokens(20)[0][None], cache)
+    for wrong in (mask.index_fill(1, torch.tensor([3]), 0), torch.ones(1, 1, 1, 21, dtype=torch.bool)):
+        with pytest.raises(PowerQuantUnsupportedError, match="mask"):
+            logits(llama, tokens(1)[0][None], cache, attention_mask=wrong)
+    logits(llama, tokens(1)[0][None], cache, attention_mask=mask)
+
+
+def test_buffers_grow_by_little(llama):
+    """Without fused attention they are near an uncompressed cache's size, too, and are copied seldom."""
+    llama.set_attn_implementation("sdpa")
+    cache, moved, at = PowerQuantCache(llama), 0, 0
+    logits(llama, torch.randint(2, 60, (1, 4000)), cache)
+    for _ in range(400):
+        logits(llama, tokens(1)[0][None], cache)
+        moved += cache.layers[0]._keys.data_ptr() != at
+        at = cache.layers[0]._keys.data_ptr()
+    report = cache.memory_report()
+    assert moved <= 3 and report.buffer_bytes <= 1.126 * report.uncompressed_bytes
 
 
 def test_it_is_pickled_with_what_it_holds(either):

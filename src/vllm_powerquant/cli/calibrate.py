@@ -27,7 +27,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     from ..calibration import Calibration, calibrate
 
     folder = args.output.absolute().parent
-    if args.output.is_dir() or not os.access(folder, os.W_OK):
+    if (args.output.exists() and not args.output.is_file()) or not os.access(folder, os.W_OK):
         raise PowerQuantConfigError(f"cannot write {args.output}: give a file in an existing folder that you may write to")
     if args.output.exists() and args.output.stat().st_size:
         try:

@@ -95,9 +95,11 @@ def _print(done: Comparison) -> None:
     )
     print()
     print(f"{'':16}{'uncompressed':>16}{'compressed':>16}")
+    from ..engine.result import beside
+
     ratio = compressed.compression_ratio
     rows = (
-        ("KV cache", _mb(exact.kv_bytes), _mb(compressed.kv_bytes), f"{ratio:.2f} times less" if ratio else ""),
+        ("KV cache", _mb(exact.kv_bytes), _mb(compressed.kv_bytes), beside(ratio) if ratio else ""),
         ("first token", _seconds(exact.seconds_to_first_token), _seconds(compressed.seconds_to_first_token), ""),
         ("decoding", _rate(exact), _rate(compressed), f"{done.speed:.2f} times" if done.speed else ""),
         ("GPU memory", _mb(exact.gpu_memory_peak), _mb(compressed.gpu_memory_peak), "at the peak"),

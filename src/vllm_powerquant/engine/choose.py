@@ -99,7 +99,9 @@ class Settings:
     ) -> Settings:
         """Raises: PowerQuantConfigError, PowerQuantUnsupportedError, PowerQuantError for a package that is not installed"""
         own = {"transformers": TRANSFORMERS_OPTIONS, "sparse": SPARSE_OPTIONS, "vllm": ()}[source.backend]
-        known = [*CACHE_OPTIONS, *own]
+        # blocks of exact tokens are vLLM's; the others have none that could be set
+        of_cache = [name for name in CACHE_OPTIONS if source.backend == "vllm" or name != "residual_block_size"]
+        known = [*of_cache, *own]
         if source.backend == "vllm":
             known += _vllm_options()
         refuse_unknown(options, known, f"option of backend {source.backend}")
@@ -158,7 +160,12 @@ def _check_weights(source: Source, eight: bool) -> None:
 
 
 def _vllm_options() -> list[str]:
-    from vllm.engine.arg_utils import EngineArgs
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+    except ImportError as error:
+        raise PowerQuantError(
+            f"backend vllm: {error}; run: pip install 'vllm-powerquant[cuda]' (NVIDIA GPU) or 'vllm-powerquant[cpu]'"
+        ) from None
 
     taken = ("model", "dtype", "additional_config", "attention_backend", "quantization")
     return [field.name for field in fields(EngineArgs) if field.name not in taken]

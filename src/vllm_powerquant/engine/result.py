@@ -56,7 +56,7 @@ class GenerationResult:
         first = f"first after {self.seconds_to_first_token:.2f} s"
         line = f"{self.completion_tokens} tokens in {self.seconds:.2f} s ({first}{rate})"
         if self.compression_ratio:
-            line += f"; KV cache {megabytes(self.kv_bytes)}, {_beside(self.compression_ratio)}"
+            line += f"; KV cache {megabytes(self.kv_bytes)}, {beside(self.compression_ratio)}"
         return line
 
     def rows(self) -> list[tuple[str, str]]:
@@ -75,9 +75,9 @@ class GenerationResult:
         ]
         if self.kv_bytes is not None:
             ratio = self.compression_ratio
-            beside = f", {_beside(ratio)}" if ratio else ""
-            beside += f" ({megabytes(self.uncompressed_kv_bytes)})" if ratio and ratio != 1 else ""
-            rows.append(("KV cache", f"{megabytes(self.kv_bytes)}{beside}"))
+            words = f", {beside(ratio)}" if ratio else ""
+            words += f" ({megabytes(self.uncompressed_kv_bytes)})" if ratio and ratio != 1 else ""
+            rows.append(("KV cache", f"{megabytes(self.kv_bytes)}{words}"))
         if self.tokens_compressed is not None:
             rows.append(("tokens in it", f"{self.tokens_compressed} compressed, {self.tokens_exact} exact"))
         rows.append(("attention", self.attention or ""))
@@ -96,7 +96,8 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count < 1e8 else f"{count / 1e6:,.0f} MB"
 
 
-def _beside(ratio: float) -> str:
+def beside(ratio: float) -> str:
+    """Bytes held, in words; ratio: uncompressed bytes over them."""
     if ratio == 1:
         return "uncompressed"
     # what a short answer's exact rows and tables take may be more than what is saved

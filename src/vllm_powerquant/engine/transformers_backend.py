@@ -266,6 +266,14 @@ def cache_figures(cache: Cache) -> dict[str, Any]:
     """GenerationResult's fields of the cache."""
     if isinstance(cache, PowerQuantCache):
         report = cache.memory_report()
+        if report.tokens and not any(layer.kind == "packed" for layer in report.layers):  # all are protected
+            return {
+                "kv_bytes": report.total_bytes,
+                "uncompressed_kv_bytes": report.uncompressed_bytes,
+                "tokens_compressed": 0,
+                "tokens_exact": cache.get_seq_length(),
+                "attention": "exact",
+            }
         return {
             "kv_bytes": report.total_bytes,
             "uncompressed_kv_bytes": report.uncompressed_bytes,

@@ -84,7 +84,7 @@ class MemoryReport:
 
     def __str__(self) -> str:
         if not self.tokens:
-            return "KV cache: empty"
+            return f"KV cache: no tokens in {_mib(self.total_bytes)}" if self.packed_bytes else "KV cache: empty"
         kinds = [layer.kind for layer in self.layers]
         layers = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
         lines = [
@@ -144,6 +144,10 @@ class PowerQuantCache(Cache):
         most = PowerQuantConfig().residual_block_size
         if isinstance(sink_tokens, int) and not 0 <= sink_tokens <= most:
             raise PowerQuantConfigError(f"sink_tokens must be 0 to {most}, got {sink_tokens}")
+        if value_codec != SCALAR and value_bits != 2:
+            raise PowerQuantConfigError(
+                f"value_codec {value_codec} is for value_bits 2, got value_bits {value_bits}; give value_codec {SCALAR}"
+            )
         self.options = PowerQuantConfig(
             key_bits=key_bits,
             value_bits=value_bits,

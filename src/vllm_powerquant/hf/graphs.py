@@ -98,12 +98,13 @@ class DecodeGraphs:
 
     def _load(self, step: Step, layer: PackedLayer) -> None:
         """Tables and what follows from them, of a step that they are not of."""
-        last, self._step = self._step, step
+        last, self._step = self._step, None  # until the tables are there
         # the next token of rows whose pages did not grow: nothing but numbers changes
         if self._advance and last and last.after is layer.rows and last.after.pages == step.after.pages:
             self._advance.replay()
         else:
             self._upload(step, layer.device)
+        self._step = step
 
     @torch.inference_mode(False)
     def _upload(self, step: Step, device: torch.device) -> None:

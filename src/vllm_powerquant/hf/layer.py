@@ -207,6 +207,7 @@ class PackedLayer(UpdatedLayer):
                 "a layer's attention ran twice over one chunk, which packed attention would have stored twice; use another "
                 "attn_implementation for this model"
             )
+        self.is_offered = False  # whatever comes of it
         step = self.rows.step(query.shape[2], mask)
         if step.after.pages > self.packed.shape[1]:
             self._reserve(step.after.pages)
@@ -215,7 +216,7 @@ class PackedLayer(UpdatedLayer):
             out = self._attend_by_graph(step, query, key, value, scale)
         if out is None:
             out = self._attend(step, query, key, value, scale)
-        self.rows, self.is_offered = step.after, False
+        self.rows = step.after
         return out
 
     def _attend_by_graph(
@@ -372,8 +373,9 @@ class PackedLayer(UpdatedLayer):
         begin, end = step.before.length, step.after.length
         have = self._keys.shape[2]
         if end > have:
-            # the history is copied a number of times that grows with its logarithm
-            room = (*self._keys.shape[:2], max(end - have, have, _BUFFER_GROWTH), self._keys.shape[3])
+            # an eighth more than what is there: what is held stays near what is used, and the history is copied a number of
+            # times that grows with its logarithm
+            room = (*self._keys.shape[:2], max(end - have, have // 8, _BUFFER_GROWTH), self._keys.shape[3])
             self._keys, self._values = (torch.cat((x, x.new_zeros(room)), 2) for x in (self._keys, self._values))
         self._keys[:, :, begin:end], self._values[:, :, begin:end] = key, value
 
