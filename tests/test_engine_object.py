@@ -1,10 +1,12 @@
 """Engine: what its parts do by themselves, and the Transformers backend on the embedded model."""
 
+import gc
 import json
 import os
 import random
 import shutil
 import types
+import weakref
 
 import pytest
 import torch
@@ -296,6 +298,22 @@ def test_a_conversation_that_failed_is_read_anew(engine, monkeypatch):
         engine.chat(messages, **GREEDY)
     monkeypatch.undo()
     assert calls and engine.chat_with_metrics(messages, **GREEDY).cached_tokens == 0
+
+
+def test_an_engine_that_is_dropped_frees_its_model():
+    engine = Engine.from_pretrained(backend="transformers")
+    stream = engine.chat_stream([{"role": "user", "content": "Hello"}], **GREEDY)
+    next(stream)
+    model = weakref.ref(engine._backend.model)
+    gc.collect()
+    gc.disable()
+    try:
+        del stream
+        engine.generate(FRANCE, **GREEDY)
+        del engine
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 def test_a_cache_without_compressed_layers_says_so(engine):

@@ -212,6 +212,7 @@ def test_layers_may_have_other_bits_and_stay_exact(llama):
         ({"value_codec": "trellis", "value_bits": 4}, "value_codec trellis is for value_bits 2, got value_bits 4"),
         ({"protected_layers": 3}, "protected_layers must be at most half of 4 layers, got 3"),
         ({"protected_layers": [4]}, "protected_layers must name layers from -4 to 3, got 4"),
+        ({"layer_bits": {3: (4, 2)}, "protected_layers": [-1]}, "layers [3] have layer_bits and are protected"),
         ({"layer_bits": {7: (4, 2)}}, "layer_bits must name layers from -4 to 3, got 7"),
         ({"layer_bits": {0: (5, 2)}}, "key_bits must be 2, 3, 4 or 8, got 5"),
         ({"calibration": "nowhere"}, "nowhere"),

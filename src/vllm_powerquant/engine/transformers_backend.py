@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -175,6 +176,11 @@ class TransformersBackend:
     def _keep(self, fed: _Fed, is_chat: bool) -> None:
         if is_chat and self.model is not None:
             self._conversation = fed
+
+    def __del__(self) -> None:
+        # a patched model holds itself, and would stay until Python looks for cycles
+        if getattr(self, "_patched", False) and self.model is not None and not sys.is_finalizing():
+            unpatch(self.model)
 
     def close(self) -> None:
         self.model = self.tokenizer = self._conversation = None

@@ -172,6 +172,8 @@ class PowerQuantCache(Cache):
             raise PowerQuantUnsupportedError(f"{type(config).__name__} has no attention layers to cache")
         exact = _protected(protected_layers, len(layers))
         bits = _layer_bits(layer_bits or {}, len(layers))
+        if both := sorted(exact & bits.keys()):
+            raise PowerQuantConfigError(f"layers {both} have layer_bits and are protected, which keeps them exact; give one")
         frames = None
         if calibration is not None:
             measured = load_calibration(str(calibration))
