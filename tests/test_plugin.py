@@ -109,6 +109,7 @@ def serve(tmp_path, *arguments: str, config: dict = GEMMA2, **environ: str) -> t
 
     (tmp_path / "config.json").write_text(json.dumps(config))
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path), "--skip-tokenizer-init"]
+    command += ["--host", "127.0.0.1", "--port", "0"]  # whatever else runs on this machine
     log = tmp_path / "server.log"
     started = {}
     with open(log, "w") as out:
