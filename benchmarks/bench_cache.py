@@ -1,10 +1,9 @@
 """PowerQuantCache beside Transformers' DynamicCache: decoding speed, bytes held, and how far answers move.
 
-    python benchmarks/bench_cache.py speed --out FILE.csv                          the embedded model after 2,048 tokens, on
-    a CPU python benchmarks/bench_cache.py speed --shape qwen3-8b --layers 8 --tokens 1024 32768      random weights, on a
-    GPU python benchmarks/bench_cache.py quality --out FILE.csv        KL, fed one token at a time, in chunks of 50, in a
-    padded batch python benchmarks/bench_cache.py memory --tokens 8192                          bytes held and of a
-    DynamicCache
+    python benchmarks/bench_cache.py speed --out FILE.csv      # the embedded model after 2,048 tokens, on a CPU
+    python benchmarks/bench_cache.py speed --shape qwen3-8b --layers 8 --tokens 1024 32768      # random weights, on a GPU
+    python benchmarks/bench_cache.py quality --out FILE.csv    # KL, fed one at a time, in chunks of 50, in a padded batch
+    python benchmarks/bench_cache.py memory --tokens 8192      # bytes held, and of a DynamicCache
 
 Speeds are of whole steps of the model (one token a row); the caches take turns, and a ratio is of one round. Quality is that
 of bench_quality.py: the prompt's keys and values exact, 128 true tokens after it, KL to the uncompressed cache; `reference`
